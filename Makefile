@@ -1,0 +1,31 @@
+# make demo | test | check | install | clean       (needs Python 3.11 or newer and nothing else)
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check install clean
+
+# torch is named in the same command as the rest: left to other packages' requirements it would
+# come in a newer version than the one in constraints.txt.
+.venv/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.11"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch -e '.[all-cpu]'
+	touch $@
+
+install: .venv/.installed
+
+demo: .venv/.installed
+	$(BIN)/hcf run recipes/quickstart.yaml
+
+check: .venv/.installed
+	$(BIN)/ruff check hcf kernels models bench tests setup.py
+	$(BIN)/ruff format --check hcf kernels models bench tests setup.py
+	$(BIN)/mypy -p hcf -p taiji -p hcf_bench
+
+test: .venv/.installed check
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Torch modules to ONNX graphs, and back to what is in them."""

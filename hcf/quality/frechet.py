@@ -1,0 +1,168 @@
+"""FED (EfficientNet-Lite0): the Frechet distance of image features to those of real images.
+
+    d^2 = |m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))        Dowson and Landau, 1982
+
+over the first 128 principal components of the reference set. This is FID's formula (Heusel et al.
+2017) on another network, so it is never called FID and its values compare only with other FED.
+The estimate is biased upwards for few images: compare sets of the same size. N images, F features.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hcf.errors import HcfError, InvalidArtifact
+from hcf.quality.features import IMAGE_WIDTH, Images, image_features
+
+Doubles = npt.NDArray[np.float64]
+
+DIMS = 128
+REFERENCE_FILE = "reference_stats.safetensors"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of the real images: PCA pca_mean (F,), components (D, F); mean (D,), covariance
+    (D, D) of the projected features; the number of images and where they came from."""
+
+    pca_mean: Doubles
+    components: Doubles
+    mean: Doubles
+    covariance: Doubles
+    count: int
+    source: Mapping[str, Any]
+
+    @property
+    def dims(self) -> int:
+        return len(self.mean)
+
+
+def frechet_distance(mean_1: Doubles, cov_1: Doubles, mean_2: Doubles, cov_2: Doubles) -> float:
+    """Squared Frechet distance of two Gaussians: means (D,), covariances (D, D), may be singular.
+
+    tr (C_1 C_2)^(1/2) is taken as the sum of roots of the eigenvalues of A C_2 A with A = C_1^(1/2):
+    both factors are symmetric, so nothing turns complex where `sqrtm` would need a fudge.
+    """
+    values, vectors = np.linalg.eigh((cov_1 + cov_1.T) / 2)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    inner = root @ ((cov_2 + cov_2.T) / 2) @ root
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh((inner + inner.T) / 2), 0, None)).sum()
+    gap = mean_1 - mean_2
+    distance = float(gap @ gap + np.trace(cov_1) + np.trace(cov_2) - 2 * cross)
+    return max(distance, 0.0)  # rounding can leave -1e-12 for equal sets
+
+
+def fit_reference(
+    features: npt.NDArray[Any], *, dims: int = DIMS, source: Mapping[str, Any] | None = None
+) -> Reference:
+    """features (N, F) of the real images -> their PCA and statistics. Raises HcfError for N <= dims."""
+    x = _checked(features, dims, "reference")
+    pca_mean = x.mean(0)
+    values, vectors = np.linalg.eigh((x - pca_mean).T @ (x - pca_mean))
+    components = vectors[:, np.argsort(values)[::-1][:dims]].T
+    # eigenvectors have no sign of their own: fix it, so that the same images give the same file
+    components *= np.sign(components[np.arange(dims), np.abs(components).argmax(1)])[:, None]
+    projected = (x - pca_mean) @ components.T
+    return Reference(
+        pca_mean=pca_mean,
+        components=components,
+        mean=projected.mean(0),
+        covariance=np.cov(projected, rowvar=False).reshape(dims, dims),
+        count=len(x),
+        source=dict(source or {}),
+    )
+
+
+def feature_distance(features: npt.NDArray[Any], reference: Reference) -> float:
+    """features (N, F) -> FED to the reference. Raises HcfError for N <= D: no covariance then."""
+    x = _checked(features, reference.dims, "compared")
+    projected = (x - reference.pca_mean) @ reference.components.T
+    covariance = np.cov(projected, rowvar=False).reshape(reference.dims, reference.dims)
+    return frechet_distance(projected.mean(0), covariance, reference.mean, reference.covariance)
+
+
+def fed(images: Images, reference: Reference) -> float:
+    """images (N, H, W, 3) uint8 -> FED (EfficientNet-Lite0). Raises HcfError for N <= D."""
+    return feature_distance(image_features(images), reference)
+
+
+def half_distance(features: npt.NDArray[Any], *, seed: int = 0, dims: int = DIMS) -> float:
+    """FED between two random halves of one set: the floor that real images themselves reach."""
+    order = np.random.default_rng(seed).permutation(len(features))
+    half = len(order) // 2
+    return feature_distance(
+        features[order[half : 2 * half]], fit_reference(features[order[:half]], dims=dims)
+    )
+
+
+def _checked(features: npt.NDArray[Any], dims: int, name: str) -> Doubles:
+    x = np.asarray(features, np.float64)
+    if x.ndim != 2 or not np.isfinite(x).all():
+        raise HcfError(f"{name} features of shape {x.shape} must be (N, F) and finite")
+    if len(x) <= dims:
+        raise HcfError(
+            f"FED over {dims} dimensions needs more than {dims} {name} images, not {len(x)}",
+            fix=f"use at least {dims + 1} images (a few hundred give a steadier value)",
+        )
+    return x
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    """Writes the statistics as safetensors, float32 for the PCA (0.7 MB)."""
+    from safetensors.numpy import save_file
+
+    tensors = {
+        "pca_mean": reference.pca_mean.astype(np.float32),
+        "components": np.ascontiguousarray(reference.components, np.float32),
+        "mean": reference.mean,
+        "covariance": np.ascontiguousarray(reference.covariance),
+        "count": np.array([reference.count], np.int64),
+    }
+    source = json.dumps(dict(reference.source), ensure_ascii=False, sort_keys=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(
+            tensors, partial, metadata={"metric": "FED (EfficientNet-Lite0)", "source": source}
+        )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_reference(path: Path) -> Reference:
+    """Reads `save_reference`'s file. Raises InvalidArtifact when missing, damaged or misshapen."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise InvalidArtifact(
+            f"no reference statistics at {path}",
+            fix="give the folder that holds judge.safetensors and " + REFERENCE_FILE,
+        )
+    try:
+        with safe_open(path, "numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        count = int(tensors["count"][0])
+        arrays = [
+            np.asarray(tensors[name], np.float64)
+            for name in ("pca_mean", "components", "mean", "covariance")
+        ]
+    except (SafetensorError, KeyError, IndexError, OSError) as error:
+        raise InvalidArtifact(
+            f"{path.name} cannot be read: {error}", fix="copy it again"
+        ) from error
+    dims = len(arrays[2])
+    shapes = [(IMAGE_WIDTH,), (dims, IMAGE_WIDTH), (dims,), (dims, dims)]
+    if [array.shape for array in arrays] != shapes:
+        raise InvalidArtifact(f"{path.name} has shapes {[a.shape for a in arrays]}, not {shapes}")
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise InvalidArtifact(f"{path.name} holds values that are not finite", fix="copy it again")
+    return Reference(*arrays, count=count, source=json.loads(metadata.get("source", "{}")))

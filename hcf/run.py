@@ -1,0 +1,307 @@
+"""`hcf run`: the stages of a recipe in order, each done once for its inputs, then the artefact.
+
+A stage's result lies in `<output>.work/<nn>-<name>-<key>/`; the key is a SHA-256 over its settings,
+the content of its inputs and the source of the code that makes it. The folder gets its name, with
+`done.json` inside, only when the stage has finished, so whatever kills a run leaves temporary
+names that the next run removes. Repeating the command continues after the last finished stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hcf.artifact import (
+    MANIFEST,
+    PACKAGES,
+    check_model_folder,
+    clean_leftovers,
+    clone_artifact,
+    content_hash,
+    environment,
+    read_manifest,
+    save_text,
+    staged_folder,
+    write_manifest,
+)
+from hcf.errors import GateFailed, HcfError, RecipeError
+from hcf.recipe import BenchConfig, CheckConfig, Config, Recipe, ReportConfig, write_resolved
+
+Log = Callable[[str], None]
+# A stage writes its result into a folder: stage(folder, inputs {name: path}, settings, log).
+# An artefact goes to folder/"artifact", anything else into files of the folder itself.
+Stage = Callable[[Path, Mapping[str, Path], Any, Log], None]
+
+ARTIFACT = "artifact"
+DONE = "done.json"
+VERDICT = "verdict.json"
+# Whose change makes a stage's earlier result stale.
+SOURCES: Mapping[str, tuple[str, ...]] = {
+    "distill": ("hcf/distill", "hcf/trace.py", "taiji/train", "taiji/diffusion"),
+    "quantize": ("hcf/quantize", "hcf/trace.py"),
+    "export": ("hcf/export", "hcf/quantize", "hcf/trace.py"),
+    "build": ("hcf/engines", "hcf/export"),
+    "check": ("hcf/quality", "hcf/load.py"),
+    "bench": ("hcf_bench", "hcf/load.py", "hcf/engines"),
+    "report": ("hcf/report", "hcf/run_stages.py"),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a run. `inputs` are names of earlier steps, or "model"."""
+
+    number: int
+    stage: str
+    name: str
+    config: Config
+    inputs: tuple[str, ...]
+    makes_artifact: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.number:02d}-{self.name}"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of a step: its folder, whether an earlier result was used, and its seconds."""
+
+    step: Step
+    folder: Path
+    reused: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run (or the plan of one): where the artefact is, and its steps."""
+
+    output: Path
+    steps: tuple[StepResult, ...]
+    report: Path | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Plain data for `--format json`."""
+        return {
+            "output": str(self.output),
+            "report": str(self.report) if self.report else None,
+            "steps": [
+                {
+                    "name": r.step.name,
+                    "folder": str(r.folder),
+                    "reused": r.reused,
+                    "seconds": round(r.seconds, 2),
+                }
+                for r in self.steps
+            ],
+        }
+
+
+def plan(recipe: Recipe) -> list[Step]:
+    """The recipe's stages in their order, each with the earlier results it reads."""
+    steps: list[Step] = []
+    result = student = "model"
+
+    def add(stage: str, name: str, config: Config, inputs: tuple[str, ...], artifact: bool) -> None:
+        steps.append(Step(len(steps) + 1, stage, name, config, inputs, artifact))
+
+    artifact_stages: tuple[tuple[str, Config | None], ...] = (
+        ("distill", recipe.distill),
+        ("quantize", recipe.quantize),
+        ("export", recipe.export),
+        ("build", recipe.build),
+    )
+    for stage, config in artifact_stages:
+        if config is not None:
+            add(stage, stage, config, (result,), True)
+            result = stage
+            student = stage if stage == "distill" else student
+    for check in recipe.check:
+        names = {"teacher": "model", "student": student, "result": result}
+        pair = (names[check.baseline], names[check.candidate])
+        add("check", f"check-{check.name}", check, pair, False)
+    if recipe.bench is not None:
+        add("bench", "bench", recipe.bench, ("model", result), False)
+    if recipe.report is not None:
+        seen = tuple(dict.fromkeys(("model", student, result, *(s.name for s in steps))))
+        add("report", "report", recipe.report, seen, False)
+    return steps
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    stages: Mapping[str, Stage] | None = None,
+    dry_run: bool = False,
+    resume: bool = True,
+    log: Log = print,
+) -> RunResult:
+    """Runs `recipe` and puts the finished artefact at its `output`.
+
+    Finished steps whose settings, inputs and code are unchanged are used again, unless `resume`
+    is False. GateFailed (or Regression) after the report is written where a bound is missed; the
+    output is then as it was. `stages` replaces the functions that do the work, by stage name.
+    """
+    check_model_folder(recipe.model)
+    if stages is None:
+        from hcf.run_stages import STAGES as stages
+    work = recipe.output.with_name(recipe.output.name + ".work")
+    steps = plan(recipe)
+    if dry_run:
+        return _show_plan(recipe, steps, work, log)
+    if recipe.threads:
+        import torch
+
+        torch.set_num_threads(recipe.threads)
+    with _only_run(work):
+        clean_leftovers(work)
+        write_resolved(recipe, work / "recipe.yaml")
+        if not resume:
+            for folder in work.glob("[0-9][0-9]-*"):
+                shutil.rmtree(folder)
+        return _run_steps(recipe, steps, work, stages, log)
+
+
+def _run_steps(
+    recipe: Recipe, steps: list[Step], work: Path, stages: Mapping[str, Stage], log: Log
+) -> RunResult:
+    places: dict[str, Path] = {"model": recipe.model}
+    hashes: dict[str, str] = {"model": _input_hash(recipe.model)}
+    results: list[StepResult] = []
+    failed: list[str] = []
+    for step in steps:
+        if failed and step.stage != "report":
+            log(f"[{step.number}/{len(steps)}] {step.name}: not run, a gate failed")
+            continue
+        inputs = {name: places[name] for name in step.inputs if name in places}
+        key = step_key(step, {name: hashes[name] for name in inputs})
+        folder = work / f"{step.label}-{key[:12]}"
+        reused = _is_finished(folder)
+        started = time.monotonic()
+        if reused:
+            log(f"[{step.number}/{len(steps)}] {step.name}: finished before, used again")
+        else:
+            log(f"[{step.number}/{len(steps)}] {step.name}: started")
+            _run_step(step, folder, inputs, stages[step.stage], log)
+        seconds = time.monotonic() - started
+        if not reused:
+            log(f"[{step.number}/{len(steps)}] {step.name}: done in {seconds:.1f} s")
+        places[step.name] = folder / ARTIFACT if step.makes_artifact else folder
+        hashes[step.name] = _input_hash(places[step.name])
+        results.append(StepResult(step, folder, reused, seconds))
+        failed += _failures(folder)
+    _remove_stale(work, results)
+    report = next((r.folder / "report.html" for r in results if r.step.stage == "report"), None)
+    if failed:
+        seen = f"; the report is {report}" if report else ""
+        raise GateFailed(
+            "\n".join(failed) + f"\n{recipe.output} was not written{seen}",
+            fix="change the stage that loses quality, or the thresholds of the recipe",
+        )
+    artifacts = [r for r in results if r.step.makes_artifact]
+    _publish(recipe, places[artifacts[-1].step.name] if artifacts else recipe.model, results)
+    if report:
+        report = recipe.output / "report.html"
+    return RunResult(recipe.output, tuple(results), report)
+
+
+def _run_step(
+    step: Step, folder: Path, inputs: Mapping[str, Path], stage: Stage, log: Log
+) -> None:
+    started = time.monotonic()
+    with staged_folder(folder) as temporary:
+        stage(temporary, inputs, step.config, log)
+        if step.makes_artifact and not (temporary / ARTIFACT / MANIFEST).is_file():
+            raise HcfError(f"the stage {step.name} wrote no artefact", "this is a bug: report it")
+        record = {
+            "step": step.name,
+            "config": step.config.model_dump(mode="json"),
+            "content": content_hash(temporary),
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        save_text(temporary / DONE, json.dumps(record, ensure_ascii=False, indent=1))
+
+
+def step_key(step: Step, inputs: Mapping[str, str]) -> str:
+    """SHA-256 of everything the step's result depends on."""
+    versions = environment()
+    parts = {
+        "stage": step.stage,
+        "config": step.config.model_dump(mode="json"),
+        "inputs": dict(inputs),
+        "files": _config_files(step.config),
+        "source": source_hash(step.stage),
+        "packages": {name: versions.get(name) for name in PACKAGES if name != "hcf-toolkit"},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def source_hash(stage: str) -> str:
+    """SHA-256 over the Python files (and templates) that make up a stage."""
+    digest = hashlib.sha256()
+    for name in SOURCES[stage]:
+        package, _, rest = name.partition("/")
+        spec = importlib.util.find_spec(package)
+        roots = spec.submodule_search_locations if spec else None
+        path = Path(roots[0]) / rest if roots else Path(name)
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _config_files(config: Config) -> dict[str, str]:
+    """Hashes of the files that the settings point to."""
+    found: dict[str, str] = {}
+    for name, value in config:
+        if isinstance(value, Path):
+            if not value.is_file():
+                raise RecipeError(f"{name}: no file at {value}", "paths are relative to this folder")
+            found[name] = hashlib.sha256(value.read_bytes()).hexdigest()
+    return found
+
+
+def _input_hash(path: Path) -> str:
+    """Content, and the manifest without what differs between two equal runs."""
+    files = content_hash(path)
+    if not (path / MANIFEST).is_file():
+        return files
+    manifest = read_manifest(path).model_dump_json(exclude={"created", "environment", "recipe"})
+    return hashlib.sha256((files + manifest).encode()).hexdigest()
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether `folder` holds a result that is complete and as its stage left it."""
+    try:
+        record = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    (here,) = [folder]
+    return bool(record.get("content") == _content_without_done(here))
+
+
+def _content_without_done(folder: Path) -> str:
+    raise NotImplementedError
+
+
+def _failures(folder: Path) -> list[str]:
+    """What the step's verdict, if it has one, says was missed."""
+    try:
+        verdict = json.loads((folder / VERDICT).read_text(encoding="utf-8"))
+    except OSError:
+        return []
+    return [] if verdict["passed"] else [str(reason) for reason in verdict["reasons"]]
+
+
+def _publish(recipe: Recipe, artifact: Path, results: list[StepResult]) -> None:
+    raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Taiji: Chinese text-to-image models on diffusers (definitions, data and training)."""

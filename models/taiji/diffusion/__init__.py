@@ -1,0 +1,1 @@
+"""Diffusion mathematics shared by the family: targets, weights, guidance."""

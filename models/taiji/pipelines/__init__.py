@@ -1,0 +1,5 @@
+"""Pipelines of the family: ordinary `DiffusionPipeline` subclasses."""
+
+from taiji.pipelines.stable_diffusion import TaijiStableDiffusionPipeline
+
+__all__ = ["TaijiStableDiffusionPipeline"]

@@ -1,0 +1,35 @@
+"""Both encoders and their fusion as one step: token ids in, the U-Net's conditions out."""
+
+from torch import Tensor, nn
+from transformers import ChineseCLIPModel
+
+from taiji.text.fusion import TextFusion
+from taiji.text.sandwich import SandwichTextEncoder
+
+
+class TextConditioner(nn.Module):
+    """The text side as one module: ids of both encoders -> context and pooled vector."""
+
+    def __init__(
+        self, image_clip: ChineseCLIPModel, text_encoder: SandwichTextEncoder, fusion: TextFusion
+    ) -> None:
+        super().__init__()
+        self.image_clip = image_clip
+        self.text_encoder = text_encoder
+        self.fusion = fusion
+
+    def forward(
+        self, clip_ids: Tensor, clip_mask: Tensor, ids: Tensor, mask: Tensor,
+        keep_clip: Tensor, keep_sandwich: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """ids, masks (B, S1), (B, S2); keep (B,) bool -> context (B, S1+S2, D), pooled (B, P)
+
+        The towers see the true masks: a row with nothing to attend to is NaN in softmax.
+        """
+        hidden = self.image_clip.text_model(input_ids=clip_ids, attention_mask=clip_mask)[0]
+        pooled = self.image_clip.text_projection(hidden[:, 0])
+        sandwich = self.text_encoder(ids, mask)
+        context, both = self.fusion(
+            hidden, pooled, clip_mask * keep_clip[:, None], sandwich, mask * keep_sandwich[:, None]
+        )
+        return context, both

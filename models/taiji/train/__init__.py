@@ -1,0 +1,1 @@
+"""Training of the family: one loop (`loop`), its checkpoints, and the phases that use it."""

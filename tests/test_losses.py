@@ -1,0 +1,27 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from taiji.diffusion.losses import denoising_loss, diffusion_target, min_snr_weight
+
+
+def test_min_snr_weight_in_closed_form() -> None:
+    alpha = torch.tensor([0.5, 0.9])  # SNR 1 and 9
+    assert torch.allclose(min_snr_weight(alpha, 5.0, "epsilon"), torch.tensor([1.0, 5 / 9]))
+    assert torch.allclose(min_snr_weight(alpha, 5.0, "v_prediction"), torch.tensor([0.5, 0.5]))
+    with pytest.raises(ValueError, match="sample"):
+        min_snr_weight(alpha, 5.0, "sample")
+
+
+def test_v_target_gives_back_the_data() -> None:
+    scheduler = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    x_0, eps = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    t = torch.tensor([0, 500, 999])
+    x_t, v = diffusion_target(scheduler, x_0, eps, t)
+    a = scheduler.alphas_cumprod[t][:, None, None, None]
+    assert torch.allclose(a.sqrt() * x_t - (1 - a).sqrt() * v, x_0, atol=1e-4)
+
+
+def test_zero_snr_keeps_some_weight() -> None:
+    one, zero = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    loss = denoising_loss(one, zero, torch.zeros(1), gamma=5.0, kind="v_prediction")
+    assert loss.item() == pytest.approx(0.1)
