@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hcf.errors import InvalidArtifact, StorageError, UnsafeFile
+from hcf.errors import InvalidArtifact, RecipeError, StorageError, UnsafeFile
 from hcf.weights import check_weights, read_header
 
 MANIFEST = "hcf_manifest.json"
@@ -87,7 +87,7 @@ class EngineEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of hcf_manifest.json. `chosen` is the engine that `auto` takes per component."""
+    """The content of hcf_manifest.json. `chosen`: the entry that `auto` takes."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
@@ -203,9 +203,11 @@ def verify(path: Path) -> list[Problem]:
 def staged_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place on success and is gone otherwise.
 
-    An existing target is replaced only on success. StorageError when the disk is full.
+    An existing target is replaced only on success. StorageError when the disk is full,
+    RecipeError for a target that holds something this toolkit did not write.
     """
     target = Path(target).absolute()
+    refuse_foreign(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         clean_leftovers(target.parent)
@@ -232,6 +234,18 @@ def staged_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def refuse_foreign(target: Path) -> None:
+    """RecipeError where writing `target` would delete a folder that is not an output of ours."""
+    ours = (MANIFEST, "done.json")
+    if target.is_dir() and any(target.iterdir()) and not any((target / n).is_file() for n in ours):
+        raise RecipeError(
+            f"{target} exists and is not an artefact of this toolkit: it is not replaced",
+            fix="choose another output folder, or remove it",
+        )
+    if target.exists() and not target.is_dir():
+        raise RecipeError(f"the output {target} is a file", "choose a folder")
+
+
 def clean_leftovers(folder: Path) -> None:
     """Removes what killed processes left in `folder`; an output they had set aside comes back."""
     for path in folder.glob(".hcf-*-*"):
@@ -248,7 +262,7 @@ def clean_leftovers(folder: Path) -> None:
 
 
 def clone_artifact(src: Path, dst: Path) -> Manifest:
-    """Puts the content of model folder `src` into `dst` with a manifest that names its parent."""
+    """Puts the content of model folder `src` into `dst`; its manifest lists `src` as first parent."""
     src, dst = Path(src), Path(dst)
     dst.mkdir(parents=True, exist_ok=True)
     for file in sorted(src.rglob("*")):
@@ -266,7 +280,7 @@ def clone_artifact(src: Path, dst: Path) -> Manifest:
     else:
         parent = Manifest(name=src.resolve().name, sampling=default_sampling(src))
     lineage = Parent(name=parent.name, content_hash=parent.content_hash or content_hash(src))
-    return write_manifest(dst, parent.model_copy(update={"parents": [lineage]}))
+    return write_manifest(dst, parent.model_copy(update={"parents": [lineage, *parent.parents]}))
 
 
 def check_model_folder(path: Path) -> None:

@@ -156,7 +156,8 @@ class BenchConfig(Config):
     """Interleaved pairs of teacher and result until decided, within `budget_s` seconds.
 
     A ratio within `threshold` of 1 or a difference below `floor_ms` counts as the same speed.
-    `min_speedup`: the lower bound of the end-to-end interval must reach it.
+    `min_speedup`: the lower bound of the end-to-end interval must reach it; `min_denoiser_speedup`
+    likewise for the denoiser alone, over eager fp32.
     """
 
     pairs: int = Field(10, gt=0)
@@ -167,15 +168,23 @@ class BenchConfig(Config):
     threshold: float = Field(0.01, ge=0)
     floor_ms: float = Field(0.0, ge=0)
     min_speedup: float | None = Field(None, gt=0)
+    min_denoiser_speedup: float | None = Field(None, gt=0)
     seed: int = 0
 
 
 class ReportConfig(Config):
-    """The page and the grid: `prompts` (the model's check prompts without it) side by side."""
+    """The page, the card and the grid: teacher, student and result side by side.
 
+    `prompts` (without it the first `images` of the model's check prompts) from seeds `seed` on.
+    `licence` (SPDX, lower case) goes into the model card; `name` is the recipe's unless given.
+    """
+
+    name: str = ""
     title: str = ""
     prompts: list[str] = []
-    columns: int = Field(6, gt=0)
+    images: int = Field(12, gt=0)
+    licence: str = ""
+    threads: int | None = Field(None, gt=0)
     seed: int = 0
 
 
@@ -210,7 +219,8 @@ class Recipe(Config):
         for stage in STAGES:
             section = tree.get(stage)
             fields = _model_in(cls.model_fields[stage].annotation).model_fields
-            shared = {k: tree[k] for k in INHERITED if k in tree and k in fields}
+            inherited = (*INHERITED, "name") if stage == "report" else INHERITED
+            shared = {k: tree[k] for k in inherited if k in tree and k in fields}
             if isinstance(section, dict):
                 tree[stage] = {**shared, **section}
             elif isinstance(section, list):

@@ -28,22 +28,26 @@ from hcf.artifact import (
     clone_artifact,
     content_hash,
     environment,
+    hash_files,
     read_manifest,
+    refuse_foreign,
     save_text,
     staged_folder,
     write_manifest,
 )
-from hcf.errors import GateFailed, HcfError, RecipeError
-from hcf.recipe import BenchConfig, CheckConfig, Config, Recipe, ReportConfig, write_resolved
+from hcf.errors import GateFailed, HcfError, RecipeError, StorageError
+from hcf.recipe import Config, Recipe, write_resolved
 
 Log = Callable[[str], None]
 # A stage writes its result into a folder: stage(folder, inputs {name: path}, settings, log).
 # An artefact goes to folder/"artifact", anything else into files of the folder itself.
-Stage = Callable[[Path, Mapping[str, Path], Any, Log], None]
+Inputs = Mapping[str, Path]
+Stage = Callable[[Path, Inputs, Any, Log], None]
 
 ARTIFACT = "artifact"
 DONE = "done.json"
 VERDICT = "verdict.json"
+LADDER = "ladder.json"
 # Whose change makes a stage's earlier result stale.
 SOURCES: Mapping[str, tuple[str, ...]] = {
     "distill": ("hcf/distill", "hcf/trace.py", "taiji/train", "taiji/diffusion"),
@@ -52,7 +56,7 @@ SOURCES: Mapping[str, tuple[str, ...]] = {
     "build": ("hcf/engines", "hcf/export"),
     "check": ("hcf/quality", "hcf/load.py"),
     "bench": ("hcf_bench", "hcf/load.py", "hcf/engines"),
-    "report": ("hcf/report", "hcf/run_stages.py"),
+    "report": ("hcf/report", "hcf/run_report.py", "hcf/load.py"),
 }
 
 
@@ -131,7 +135,8 @@ def plan(recipe: Recipe) -> list[Step]:
         pair = (names[check.baseline], names[check.candidate])
         add("check", f"check-{check.name}", check, pair, False)
     if recipe.bench is not None:
-        add("bench", "bench", recipe.bench, ("model", result), False)
+        seen = tuple(dict.fromkeys(("model", student, result)))
+        add("bench", "bench", recipe.bench, seen, False)
     if recipe.report is not None:
         seen = tuple(dict.fromkeys(("model", student, result, *(s.name for s in steps))))
         add("report", "report", recipe.report, seen, False)
@@ -153,8 +158,13 @@ def run_recipe(
     output is then as it was. `stages` replaces the functions that do the work, by stage name.
     """
     check_model_folder(recipe.model)
+    if recipe.output.resolve() == recipe.model.resolve():
+        raise RecipeError(f"output and model are both {recipe.model}", "choose another output")
+    refuse_foreign(recipe.output)
     if stages is None:
-        from hcf.run_stages import STAGES as stages
+        from hcf.run_stages import STAGES
+
+        stages = STAGES
     work = recipe.output.with_name(recipe.output.name + ".work")
     steps = plan(recipe)
     if dry_run:
@@ -215,9 +225,7 @@ def _run_steps(
     return RunResult(recipe.output, tuple(results), report)
 
 
-def _run_step(
-    step: Step, folder: Path, inputs: Mapping[str, Path], stage: Stage, log: Log
-) -> None:
+def _run_step(step: Step, folder: Path, inputs: Inputs, stage: Stage, log: Log) -> None:
     started = time.monotonic()
     with staged_folder(folder) as temporary:
         stage(temporary, inputs, step.config, log)
@@ -226,7 +234,7 @@ def _run_step(
         record = {
             "step": step.name,
             "config": step.config.model_dump(mode="json"),
-            "content": content_hash(temporary),
+            "files": _listing(temporary),
             "seconds": round(time.monotonic() - started, 2),
         }
         save_text(temporary / DONE, json.dumps(record, ensure_ascii=False, indent=1))
@@ -266,7 +274,9 @@ def _config_files(config: Config) -> dict[str, str]:
     for name, value in config:
         if isinstance(value, Path):
             if not value.is_file():
-                raise RecipeError(f"{name}: no file at {value}", "paths are relative to this folder")
+                raise RecipeError(
+                    f"{name}: no file at {value}", "paths are relative to this folder"
+                )
             found[name] = hashlib.sha256(value.read_bytes()).hexdigest()
     return found
 
@@ -286,12 +296,14 @@ def _is_finished(folder: Path) -> bool:
         record = json.loads((folder / DONE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    (here,) = [folder]
-    return bool(record.get("content") == _content_without_done(here))
+    return bool(record["files"] == _listing(folder))
 
 
-def _content_without_done(folder: Path) -> str:
-    raise NotImplementedError
+def _listing(folder: Path) -> dict[str, str]:
+    """{relative path: SHA-256} of a step's folder; "" for files that do not count as content."""
+    names = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+    digests = hash_files(folder)
+    return {name: digests.get(name, "") for name in names if name != DONE}
 
 
 def _failures(folder: Path) -> list[str]:
@@ -304,4 +316,77 @@ def _failures(folder: Path) -> list[str]:
 
 
 def _publish(recipe: Recipe, artifact: Path, results: list[StepResult]) -> None:
-    raise NotImplementedError
+    """The last artefact with verdicts, times, page and pictures, as `recipe.output`."""
+    source = read_manifest(artifact) if (artifact / MANIFEST).is_file() else None
+    with staged_folder(recipe.output) as folder:
+        manifest = clone_artifact(artifact, folder)
+        if source is not None:  # same content: its parents are the output's
+            manifest.parents = source.parents
+        manifest.name = recipe.name
+        manifest.recipe = recipe.model_dump(mode="json", exclude_none=True)
+        for result in results:
+            if result.step.stage == "check":
+                name = result.step.name.removeprefix("check-")
+                manifest.quality[name] = _read_json(result.folder / VERDICT)
+            elif result.step.stage == "bench":
+                for file in sorted(result.folder.glob("*.json")):
+                    if file.name not in (DONE, VERDICT):
+                        manifest.latency[file.stem] = _read_json(file)
+            elif result.step.stage == "report":
+                for file in sorted(result.folder.iterdir()):
+                    if file.suffix in (".html", ".png", ".md"):
+                        (folder / file.name).unlink(missing_ok=True)
+                        shutil.copyfile(file, folder / file.name)
+        write_manifest(folder, manifest)
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _remove_stale(work: Path, results: list[StepResult]) -> None:
+    """Drops results of the same steps with other settings or inputs."""
+    for result in results:
+        for folder in work.glob(f"{result.step.label}-{'[0-9a-f]' * 12}"):
+            if folder != result.folder:
+                shutil.rmtree(folder)
+
+
+def _show_plan(recipe: Recipe, steps: list[Step], work: Path, log: Log) -> RunResult:
+    """Logs what would be done. A step after one that must run has inputs not known yet."""
+    places: dict[str, Path] = {"model": recipe.model}
+    hashes = {"model": _input_hash(recipe.model)}
+    results: list[StepResult] = []
+    for step in steps:
+        folder, reused = work / f"{step.label}-?", False
+        if all(name in hashes for name in step.inputs):
+            folder = (
+                work / f"{step.label}-{step_key(step, {n: hashes[n] for n in step.inputs})[:12]}"
+            )
+            reused = _is_finished(folder)
+        if reused:
+            places[step.name] = folder / ARTIFACT if step.makes_artifact else folder
+            hashes[step.name] = _input_hash(places[step.name])
+        reads = ", ".join(step.inputs)
+        log(f"{step.number}. {step.name}: {'reused' if reused else 'would run'} (reads {reads})")
+        results.append(StepResult(step, folder, reused, 0.0))
+    log(f"then the artefact would be written to {recipe.output}")
+    return RunResult(recipe.output, tuple(results))
+
+
+@contextlib.contextmanager
+def _only_run(work: Path) -> Iterator[None]:
+    """Holds the lock of `work`: two runs of one output would take each other's folders away."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / ".hcf-lock", "w")
+    except OSError as error:
+        raise StorageError(f"{work} cannot be written: {error}", "choose another output") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HcfError(
+                f"another run is writing {work}", "wait for it, or choose another output"
+            ) from error
+        yield

@@ -24,7 +24,7 @@ def open_pipeline(path: Path) -> Any:
     pipeline = pipeline_class(path)
     try:
         pipe = pipeline.from_pretrained(
-            path, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+            path, dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidArtifact(

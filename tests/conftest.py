@@ -21,6 +21,12 @@ UNET = {
     "cross_attention_dim": 32,
     "use_linear_projection": True,
 }
+# with v-prediction the latents of a random model keep unit size over all steps
+SCHEDULER: dict[str, Any] = {
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+}
 
 
 def tiny_tokenizer() -> Any:
@@ -65,8 +71,7 @@ def tiny_vae() -> Any:
     )
 
 
-@pytest.fixture
-def tiny_pipeline() -> Any:
+def make_tiny_pipeline() -> Any:
     """StableDiffusionPipeline: latents 4x8x8, images 16x16, DDIM, random weights of seed 0."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
@@ -76,7 +81,7 @@ def tiny_pipeline() -> Any:
         text_encoder=tiny_text_encoder(),
         tokenizer=tiny_tokenizer(),
         unet=UNet2DConditionModel(**UNET),
-        scheduler=DDIMScheduler(timestep_spacing="trailing", clip_sample=False),
+        scheduler=DDIMScheduler(**SCHEDULER, clip_sample=False, rescale_betas_zero_snr=True),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -85,6 +90,11 @@ def tiny_pipeline() -> Any:
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.eval().requires_grad_(False)
     return pipe
+
+
+@pytest.fixture
+def tiny_pipeline() -> Any:
+    return make_tiny_pipeline()
 
 
 @pytest.fixture
@@ -105,7 +115,7 @@ def tiny_xl_pipeline() -> Any:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=32 + 6 * 8,
         ),
-        scheduler=EulerDiscreteScheduler(timestep_spacing="trailing"),
+        scheduler=EulerDiscreteScheduler(**SCHEDULER),
         add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -120,3 +130,39 @@ def tiny_folder(tiny_pipeline: Any, tmp_path: Path) -> Path:
     target = tmp_path / "tiny"
     tiny_pipeline.save_pretrained(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def tiny_quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`make_tiny_pipeline` as an artefact sampled in 4 steps, its U-Net calibrated to INT8."""
+    from hcf.artifact import Sampling, clone_artifact, write_manifest
+    from hcf.quantize.int8 import quantize
+    from hcf.recipe import QuantizeConfig
+
+    root = tmp_path_factory.mktemp("tiny")
+    make_tiny_pipeline().save_pretrained(root / "plain")
+    manifest = clone_artifact(root / "plain", root / "student")
+    manifest.sampling = Sampling(steps=4, guidance_scale=1.0)
+    write_manifest(root / "student", manifest)
+    config = QuantizeConfig(calibration_prompts=["red cat", "blue dog"], calibration_samples=2)
+    return quantize(root / "student", root / "quantized", config, lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def tiny_exported(tiny_quantized: Path) -> Path:
+    """`tiny_quantized` with its ONNX graphs: fp32 and both INT8 forms."""
+    from hcf.export.onnx import export
+    from hcf.recipe import ExportConfig
+
+    output = tiny_quantized.with_name("exported")
+    return export(tiny_quantized, output, ExportConfig(), lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def tiny_built(tiny_exported: Path) -> Path:
+    """`tiny_exported` with the eager, ONNX Runtime and OpenVINO engines in every precision."""
+    from hcf.engines.build import build
+    from hcf.recipe import BuildConfig
+
+    config = BuildConfig(threads=1, repeats=3)
+    return build(tiny_exported, tiny_exported.with_name("built"), config, lambda line: None)

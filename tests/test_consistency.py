@@ -62,10 +62,10 @@ def test_a_perfect_student_has_zero_loss_on_one_step_phases(tiny_pipeline: Any) 
 def prepare(folder: Path) -> None:
     (folder / "hcf_data").mkdir()
     save_file(
-        {"latents": torch.randn(12, 4, 8, 8).half()},
+        {"latents": torch.randn(12, 4, 8, 8).half(), "row": torch.arange(12)},
         folder / "hcf_data" / "latents_distill.safetensors",
     )
-    captions = json.dumps([["cat", "a cat"] if i % 2 else ["dog"] for i in range(12)])
+    captions = json.dumps(["cat" if i % 2 else "dog" for i in range(12)])
     (folder / "hcf_data" / "captions_distill.json").write_text(captions)
 
 
@@ -94,6 +94,6 @@ def test_missing_or_unequal_data_is_named(tiny_folder: Path) -> None:
     with pytest.raises(InvalidArtifact, match="latents_distill"):
         read_distillation_set(tiny_folder)
     prepare(tiny_folder)
-    (tiny_folder / "hcf_data" / "captions_distill.json").write_text('[["cat"]]')
-    with pytest.raises(InvalidArtifact, match="12 latents but 1"):
+    (tiny_folder / "hcf_data" / "captions_distill.json").write_text('["cat"]')
+    with pytest.raises(InvalidArtifact, match="1 captions, 12 rows and 12 latents"):
         read_distillation_set(tiny_folder)

@@ -25,3 +25,10 @@ def test_zero_snr_keeps_some_weight() -> None:
     one, zero = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
     loss = denoising_loss(one, zero, torch.zeros(1), gamma=5.0, kind="v_prediction")
     assert loss.item() == pytest.approx(0.1)
+
+
+def test_no_gamma_is_the_plain_mean() -> None:
+    one, zero = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
+    alpha = torch.tensor([0.0, 0.9])
+    loss = denoising_loss(one, zero, alpha, gamma=None, kind="v_prediction")
+    assert loss.item() == 1.0

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hcf.artifact import MANIFEST, Sampling, default_sampling, read_manifest
+from hcf.errors import HcfError, InvalidArtifact
 from hcf_bench.environment import read_environment
 from hcf_bench.pairs import SETTLE_S, Subject, compare_subjects, output_distance, output_problems
 from hcf_bench.results import (
@@ -24,14 +26,14 @@ from hcf_bench.results import (
     compare_measurements,
     read_result,
 )
-from hcf_bench.stages import Sampling, StagedRun, run_staged
+from hcf_bench.stages import StagedRun, run_staged, sampling_arguments
 from hcf_bench.statistics import percentile
 from hcf_bench.timing import Clock, synchronise, time_once, torch_threads
 
 if TYPE_CHECKING:
-    from hcf.recipe import BenchConfig
     from torch import nn
 
+    from hcf.recipe import BenchConfig
     from hcf.trace import DenoiserCall
 
 Log = Callable[[str], None]
@@ -139,7 +141,7 @@ def compare_pipelines(
             name,
             lambda index: staged(side, index).images,
             content_hash=content_hash,
-            sampling=settings[side].arguments(),
+            sampling=sampling_arguments(settings[side]),
             engines=_as_rows(getattr(sides[side], "hcf_report", ())),
         )
 
@@ -201,8 +203,6 @@ def compare_artifacts(
     if baseline.is_file():
         stored = read_result(baseline)
         if not isinstance(stored, Measurement):
-            from hcf.errors import InvalidArtifact
-
             raise InvalidArtifact(
                 f"{baseline} holds a comparison, not the times of one artefact",
                 "store one with `hcf bench run`",
@@ -215,13 +215,14 @@ def compare_artifacts(
     import hcf
 
     threads = read_environment(config.threads).threads
-    pipes, samplings, hashes = [], [], []
+    pipes, samplings, hashes, names = [], [], [], []
     for path, engine, precision in zip((baseline, candidate), engines, precisions, strict=True):
         log(f"load {path.name} on {engine}")
         pipes.append(hcf.load(path, engine=engine, precision=precision, threads=threads))
-        sampling, content_hash = _manifest_facts(path)
+        name, sampling, content_hash = _manifest_facts(path)
         samplings.append(sampling)
         hashes.append(content_hash)
+        names.append(_describe(name, pipes[-1], sampling))
     log("time interleaved pairs")
     found = compare_pipelines(
         pipes[0],
@@ -229,7 +230,7 @@ def compare_artifacts(
         config.prompts or PROMPTS,
         config,
         sampling=(samplings[0], samplings[1]),
-        names=(f"{baseline.name} ({engines[0]})", f"{candidate.name} ({engines[1]})"),
+        names=(names[0], names[1]),
         content_hashes=(hashes[0], hashes[1]),
         threads=threads,
     )
@@ -252,7 +253,7 @@ def compare_denoisers(
     threads = read_environment(config.threads).threads
     eager = hcf.load(path, engine="eager", precision="fp32", threads=threads)
     chosen = hcf.load(path, engine=engine, precision=precision, threads=threads)
-    sampling, _ = _manifest_facts(path)
+    _, sampling, _ = _manifest_facts(path)
     prompts = _batches(config.prompts or PROMPTS, config.batch)[0]
     steps = sampling.steps or 4
     calls = record_calls(
@@ -270,7 +271,7 @@ def compare_denoisers(
         getattr(chosen, name),
         calls[len(calls) // 2],
         config,
-        names=("eager fp32", engine if precision is None else f"{engine} {precision}"),
+        names=(_running(eager) or "eager fp32", _running(chosen) or engine),
         engines=(
             [r for r in getattr(eager, "hcf_report", ()) if r.component == name],
             [r for r in getattr(chosen, "hcf_report", ()) if r.component == name],
@@ -295,13 +296,12 @@ def run_benchmark(
         HcfError: the output is not finite.
     """
     import hcf
-    from hcf.errors import HcfError
 
     environment = read_environment(config.threads)
     threads = environment.threads
     log(f"load {path.name} on {engine}")
     pipe = hcf.load(path, engine=engine, precision=precision, threads=threads)
-    sampling, content_hash = _manifest_facts(path)
+    label, sampling, content_hash = _manifest_facts(path)
     batches = _batches(config.prompts or PROMPTS, config.batch)
     device = str(getattr(pipe, "device", "cpu"))
     kept: list[StagedRun] = []
@@ -324,9 +324,9 @@ def run_benchmark(
     found = Measurement(
         workload=f"pipeline end to end, batch {config.batch}",
         subject=Side(
-            name=path.name,
+            name=_describe(label, pipe, sampling),
             content_hash=content_hash,
-            sampling=sampling.arguments(),
+            sampling=sampling_arguments(sampling),
             engines=_as_rows(getattr(pipe, "hcf_report", ())),
             latency=Latency.of([run.total_ms for run in runs], first_ms),
             stages=_stages(runs),
@@ -335,7 +335,9 @@ def run_benchmark(
         environment=environment,
     )
     p50_ms = percentile([run.total_ms for run in runs], 50)
-    log(f"{path.name}: p50 {p50_ms:.1f} ms over {len(runs)} calls, first {first_ms:.0f} ms")
+    log(
+        f"{found.subject.name}: p50 {p50_ms:.1f} ms over {len(runs)} calls, first {first_ms:.0f} ms"
+    )
     return found
 
 
@@ -367,15 +369,24 @@ def _stages(runs: Sequence[StagedRun]) -> Stages:
     )
 
 
-def _manifest_facts(path: Path) -> tuple[Sampling, str]:
-    """Sampling and content hash from the manifest; a plain diffusers folder has neither."""
-    from hcf.artifact import MANIFEST, read_manifest
-
+def _manifest_facts(path: Path) -> tuple[str, Sampling, str]:
+    """Name, sampling and content hash; a plain diffusers folder has its own name and no hash."""
     if not (path / MANIFEST).is_file():
-        return Sampling(), ""
+        return path.name, default_sampling(path), ""
     manifest = read_manifest(path)
-    sampling = manifest.sampling
-    return Sampling(sampling.steps, sampling.guidance_scale), manifest.content_hash
+    return manifest.name, manifest.sampling, manifest.content_hash
+
+
+def _running(pipe: Any) -> str:
+    """Engine and precision of the denoiser, the first component a loaded pipeline reports."""
+    reports = getattr(pipe, "hcf_report", ())
+    return f"{reports[0].engine} {reports[0].precision}" if reports else ""
+
+
+def _describe(name: str, pipe: Any, sampling: Sampling) -> str:
+    """ "taiji-sd-mini, 50 steps, eager fp32": what a person must know about a side."""
+    steps = f"{sampling.steps} steps" if sampling.steps else ""
+    return ", ".join(part for part in (name, steps, _running(pipe)) if part)
 
 
 def _as_rows(reports: Sequence[Any]) -> tuple[dict[str, Any], ...]:

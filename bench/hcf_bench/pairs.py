@@ -96,9 +96,9 @@ def interleave(
     times: tuple[list[float], list[float]] = ([], [])
     samplers = (baseline, candidate)
     orders = _abba(seed)
-    started = time.perf_counter()
     look, next_look = 1, max(pairs, FEWEST_PAIRS)
     with collection_paused():
+        started = time.perf_counter()
         while True:
             index = len(times[0])
             for side in next(orders):

@@ -15,21 +15,9 @@ from typing import Any
 
 import torch
 
+from hcf.artifact import Sampling
 from hcf.trace import denoiser_name, quiet
 from hcf_bench.timing import synchronise
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a pipeline is sampled; None leaves the pipeline's own default."""
-
-    steps: int | None = None
-    guidance_scale: float | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """As the keyword arguments of a diffusers call."""
-        given = {"num_inference_steps": self.steps, "guidance_scale": self.guidance_scale}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,9 @@ def run_staged(pipe: Any, prompts: list[str], sampling: Sampling, seed: int) -> 
     synchronise(device)
     with quiet(pipe), _marked(pipe, clock), torch.no_grad():
         clock.mark("start")
-        result = pipe(prompts, generator=generator, output_type="pt", **sampling.arguments())
+        result = pipe(
+            prompts, generator=generator, output_type="pt", **sampling_arguments(sampling)
+        )
         clock.mark("end")
     synchronise(device)
     if "denoiser" not in clock.marks:
@@ -70,6 +60,12 @@ def run_staged(pipe: Any, prompts: list[str], sampling: Sampling, seed: int) -> 
     return StagedRun(
         result.images, total, text, total - text - decode, decode, clock.denoiser_calls
     )
+
+
+def sampling_arguments(sampling: Sampling) -> dict[str, Any]:
+    """As keyword arguments of a diffusers call; what is None is left to the pipeline."""
+    given = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance_scale}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 class _HostClock:

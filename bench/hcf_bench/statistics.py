@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,11 +87,9 @@ def pair_statistics(
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
     log_ratio = np.log(baseline) - np.log(candidate)
     saved = baseline - candidate
-    rng = np.random.default_rng(seed)
-    medians = _bootstrap_medians(np.stack([log_ratio, saved]), resamples, rng)
     tails = [(1.0 - confidence) / 2.0, 1.0 - (1.0 - confidence) / 2.0]
-    ratio_low, ratio_high = np.quantile(medians[0], tails)
-    saved_low, saved_high = np.quantile(medians[1], tails)
+    ratio_low, ratio_high = np.quantile(_bootstrap_medians(log_ratio, resamples, seed), tails)
+    saved_low, saved_high = np.quantile(_bootstrap_medians(saved, resamples, seed), tails)
     return PairStatistics(
         speedup=Interval(
             math.exp(float(np.median(log_ratio))),
@@ -116,9 +115,8 @@ def unpaired_statistics(
     The interval covers the noise inside each run but not the drift between them, so it is weaker.
     """
     baseline, candidate = _as_times(baseline_ms), _as_times(candidate_ms)
-    rng = np.random.default_rng(seed)
-    base = _bootstrap_medians(baseline[None], resamples, rng)[0]
-    cand = _bootstrap_medians(candidate[None], resamples, rng)[0]
+    base = _bootstrap_medians(baseline, resamples, seed)
+    cand = _bootstrap_medians(candidate, resamples, seed + 1)
     tails = [(1.0 - confidence) / 2.0, 1.0 - (1.0 - confidence) / 2.0]
     ratio_low, ratio_high = np.quantile(base / cand, tails)
     saved_low, saved_high = np.quantile(base - cand, tails)
@@ -177,15 +175,26 @@ def _as_times(samples_ms: Sequence[float]) -> NDArray[np.float64]:
 
 
 def _bootstrap_medians(
-    values: NDArray[np.float64], resamples: int, rng: np.random.Generator
+    values: NDArray[np.float64], resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """values (K, n) -> (K, resamples): the K medians over the same resampled columns."""
-    rows, n = values.shape
-    medians = np.empty((rows, resamples))
+    """values (n,) -> (resamples,): medians of as many resamples, values drawn with replacement."""
+    ordered = np.sort(values)
+    low, high = _middle_ranks(len(values), resamples, seed)
+    return np.asarray(0.5 * (ordered[low] + ordered[high]))
+
+
+@lru_cache(maxsize=64)
+def _middle_ranks(n: int, resamples: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ranks of the two middle values of each resample of n values.
+
+    Sorting keeps order, so a resample's median is known from the ranks that were drawn, whatever
+    the values are: one draw serves the ratio and the difference, and every comparison of n pairs.
+    """
+    rng = np.random.default_rng(seed)
+    low, high = np.empty(resamples, np.int64), np.empty(resamples, np.int64)
     step = max(1, 2_000_000 // n)  # bounds the memory of one block of resamples
     for start in range(0, resamples, step):
         stop = min(start + step, resamples)
-        picks = rng.integers(0, n, size=(stop - start, n))
-        for row in range(rows):
-            medians[row, start:stop] = np.median(values[row][picks], axis=1)
-    return medians
+        ranks = np.sort(rng.integers(0, n, size=(stop - start, n), dtype=np.int32), axis=1)
+        low[start:stop], high[start:stop] = ranks[:, (n - 1) // 2], ranks[:, n // 2]
+    return low, high

@@ -28,9 +28,17 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hcf.artifact import clone_artifact, read_manifest, staged_folder, write_manifest
+from hcf.artifact import (
+    Sampling,
+    clone_artifact,
+    read_manifest,
+    save_text,
+    staged_folder,
+    write_manifest,
+)
 from hcf.errors import InvalidArtifact, RecipeError
 from hcf.recipe import DistillConfig
+from hcf.source import open_pipeline
 from hcf.trace import call_denoiser, conditioning, denoiser_name
 
 Log = Callable[[str], None]
@@ -172,8 +180,11 @@ def encode_captions(
     return rows, None if uncond is None else {k: v[:1] for k, v in uncond.items()}
 
 
-def read_distillation_set(folder: Path) -> tuple[Tensor, list[list[str]]]:
-    """`hcf_data/latents_distill.safetensors` (N, C, h, w), scaled, and N lists of captions."""
+def read_distillation_set(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """`hcf_data/`: scaled latents (N, C, h, w), row (M,), M captions; caption m is of latent row[m].
+
+    Raises InvalidArtifact where a file is missing or the two do not fit.
+    """
     latents_path = folder / "hcf_data" / "latents_distill.safetensors"
     captions_path = folder / "hcf_data" / "captions_distill.json"
     for path in (latents_path, captions_path):
@@ -182,11 +193,15 @@ def read_distillation_set(folder: Path) -> tuple[Tensor, list[list[str]]]:
                 f"{path} is missing: distillation needs latents and their captions",
                 fix="write both beside the weights, as docs/distillation.md describes",
             )
-    latents = load_file(latents_path)["latents"].float()
+    tensors = load_file(latents_path)
     captions = json.loads(captions_path.read_text())
-    if len(latents) != len(captions):
-        raise InvalidArtifact(f"{len(latents)} latents but {len(captions)} captions in {folder}")
-    return latents, captions
+    latents, row = tensors["latents"].float(), tensors["row"]
+    if len(row) != len(captions) or not 0 <= int(row.min()) <= int(row.max()) < len(latents):
+        raise InvalidArtifact(
+            f"{folder}: {len(captions)} captions, {len(row)} rows and {len(latents)} latents "
+            "do not fit together"
+        )
+    return latents, row, captions
 
 
 def distill(model: Path, output: Path, config: DistillConfig, log: Log = print) -> Path:
@@ -195,18 +210,17 @@ def distill(model: Path, output: Path, config: DistillConfig, log: Log = print) 
     Raises RecipeError for settings that do not fit the teacher, InvalidArtifact for missing data,
     FloatingPointError when the training diverges; `output` is then as it was.
     """
-    from hcf.load import load
     from taiji.train.loop import LoopConfig, run
 
-    pipe = load(model, engine="eager")
+    pipe = open_pipeline(model)
     name = denoiser_name(pipe)
     teacher: nn.Module = getattr(pipe, name)
-    latents, captions = read_distillation_set(model)
+    latents, row, captions = read_distillation_set(model)
     schedule = solver_schedule(pipe.scheduler, config.solver_steps, config.steps)
-    distinct = list(dict.fromkeys(c for own in captions for c in own))
+    distinct = list(dict.fromkeys(captions))
     rows, uncond = encode_captions(pipe, distinct, config.guidance_scale)
     number = {caption: i for i, caption in enumerate(distinct)}
-    choices = [[number[c] for c in own] for own in captions]
+    condition = torch.tensor([number[c] for c in captions])
     student = type(teacher).from_config(teacher.config)
     student.load_state_dict(teacher.state_dict())
     objective = ConsistencyObjective(
@@ -219,9 +233,9 @@ def distill(model: Path, output: Path, config: DistillConfig, log: Log = print) 
     )
 
     def draw(rng: np.random.Generator, count: int) -> dict[str, Tensor]:
-        index = rng.integers(0, len(latents), count)
-        row = torch.tensor([choices[i][rng.integers(len(choices[i]))] for i in index])
-        return {"latents": latents[index], **{k: v[row] for k, v in rows.items()}}
+        pick = torch.from_numpy(rng.integers(0, len(captions), count))
+        own = {k: v[condition[pick]] for k, v in rows.items()}
+        return {"latents": latents[row[pick]], **own}
 
     log(f"{len(latents)} latents, {len(distinct)} captions, {config.train_steps} steps")
     with staged_folder(output) as folder:
@@ -272,9 +286,8 @@ def _finish(
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     if "default_steps" in index:
         index |= {"default_steps": config.steps, "default_guidance_scale": 1.0}
-    index_path.unlink()  # hard-linked to the teacher's
-    index_path.write_text(json.dumps(index, indent=2))
+    save_text(index_path, json.dumps(index, indent=2))
     manifest = read_manifest(folder)
-    manifest.sampling = {"steps": config.steps, "guidance_scale": 1.0}
+    manifest.sampling = Sampling(steps=config.steps, guidance_scale=1.0)
     manifest.distillation = {**config.model_dump(mode="json"), **metrics}
     write_manifest(folder, manifest)

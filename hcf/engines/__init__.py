@@ -1,7 +1,7 @@
 """Engines run one component. They differ in how; the seam is one: named tensors in and out.
 
-`report` says what really runs, read back from the runtime after it compiled, not what was asked for.
-A precision that was asked for and that no layer got is an error, in every engine.
+`report` says what really runs, read back from the runtime after it compiled. A precision that was
+asked for and that no layer got is an error, in every engine.
 """
 
 from __future__ import annotations

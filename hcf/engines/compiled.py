@@ -1,4 +1,4 @@
-"""torch.compile with inductor: one compilation a shape, some 30 s for a U-Net, at its first call."""
+"""torch.compile with inductor: one compilation a shape, at its first call: 30 s for a U-Net."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from hcf.errors import HcfError, RecipeError
 from hcf.trace import DenoiserCall, call_denoiser, denoiser_name, record_calls
 
 VAE_DECODER = "vae_decoder"
-PROMPTS = ("一个红色的圆形", "two blue squares")  # any text will do: shapes and types are wanted
+PROMPTS = ("红色的圆", "blue square")  # any text will do: shapes and types are wanted
 
 
 class Denoiser(nn.Module):
@@ -74,29 +74,42 @@ def output_name(component: str) -> str:
     return "image" if component == VAE_DECODER else "out_sample"
 
 
-def flat_inputs(call: DenoiserCall) -> dict[str, Tensor]:
+def graph_inputs(call: DenoiserCall) -> dict[str, Tensor]:
     """A recorded call as named float32 inputs, each (B, ...)."""
     inputs = {"sample": call.sample, "timestep": call.timestep, **call.kwargs}
     return {name: tensor.to(torch.float32).contiguous() for name, tensor in inputs.items()}
 
 
 def example_inputs(pipe: Any, component: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of one real call, at the pipeline's own size, each (batch, ...).
+    """Inputs of one real call, at the pipeline's own size, each (batch, ...)."""
+    return example_calls(pipe, component, batch, steps=1, seed=seed)[0]
 
-    The decoder's latents are unit noise: what a first stage is scaled to see.
+
+def example_calls(
+    pipe: Any, component: str, batch: int, steps: int, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Inputs of the calls of one real sampling run without guidance, each (batch, ...).
+
+    The decoder's latents are unit noise, one call: what a first stage is scaled to see.
     """
     check_component(pipe, component)
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
+    decoder = component == VAE_DECODER
     calls = record_calls(
-        pipe, prompts, steps=1, guidance_scale=1.0, seed=seed, batch_size=batch, max_calls=1
+        pipe,
+        prompts,
+        steps=steps,
+        guidance_scale=1.0,
+        seed=seed,
+        batch_size=batch,
+        max_calls=1 if decoder else None,
     )
     if not calls:
         raise HcfError(f"{type(pipe).__name__} never called its denoiser")
-    inputs = flat_inputs(calls[0])
-    if component != VAE_DECODER:
-        return inputs
+    if not decoder:
+        return [graph_inputs(call) for call in calls]
     generator = torch.Generator().manual_seed(seed)
-    return {"latents": torch.randn(inputs["sample"].shape, generator=generator)}
+    return [{"latents": torch.randn(calls[0].sample.shape, generator=generator)}]
 
 
 def with_batch(inputs: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:

@@ -60,12 +60,11 @@ class _Match:
 
 
 def insert_qdq(model: ModelProto, scales: Mapping[str, LayerScale]) -> tuple[ModelProto, QdqCounts]:
-    """Put explicit symmetric INT8 Q/DQ on every layer of `scales`; changes `model` in place and returns
-    it.
+    """Put explicit symmetric INT8 Q/DQ on every layer of `scales`; changes `model` and returns it.
 
-        `model` is the fp32 graph of `torch.onnx.export(dynamo=True)` at opset >= 13, with its weights
-        loaded. Raises `InvalidArtifact` if a layer of `scales` has no node in the graph or its weight
-        has another channel count, and `HcfError` if the graph holds Q/DQ already.
+    `model` is the fp32 graph of `torch.onnx.export(dynamo=True)` at opset >= 13, weights loaded.
+    Raises `InvalidArtifact` if a layer of `scales` has no node in the graph or its weight has
+    another channel count, and `HcfError` if the graph holds Q/DQ already.
     """
     from onnx import helper, numpy_helper
 
@@ -88,7 +87,7 @@ def insert_qdq(model: ModelProto, scales: Mapping[str, LayerScale]) -> tuple[Mod
     consumers: Counter[str] = Counter()
     for match in matches.values():
         source = match.node.input[0]
-        # one tensor, one scale: the widest range any of its consumers needs (equal for q, k, v anyway)
+        # one tensor, one scale: the widest any consumer needs (equal for q, k, v anyway)
         activation_amax[source] = max(
             activation_amax.get(source, 0.0), scales[match.layer].input_amax
         )
@@ -185,7 +184,7 @@ def _match_layers(model: ModelProto, scales: Mapping[str, LayerScale]) -> Iterat
                 transpose = _ints(maker, "perm")
                 weight = maker.input[0]
         if weight not in initializers:
-            continue  # attention's own products inside a quantised scope: both sides are activations
+            continue  # attention's own products: both sides are activations
         values = numpy_helper.to_array(initializers[weight])
         if values.dtype != np.float32:
             raise InvalidArtifact(
@@ -198,7 +197,8 @@ def _match_layers(model: ModelProto, scales: Mapping[str, LayerScale]) -> Iterat
         out_channels = len(scales[layer].weight_amax)
         if values.shape[axis] != out_channels:
             raise InvalidArtifact(
-                f"{layer}: the ONNX weight has shape {values.shape}, the scales have {out_channels} output channels",
+                f"{layer}: the ONNX weight has shape {values.shape}, "
+                f"the scales have {out_channels} output channels",
                 fix="export the same model that was quantised",
             )
         yield _Match(layer, node, weight, values, axis)

@@ -4,14 +4,15 @@
 
 over the first 128 principal components of the reference set. This is FID's formula (Heusel et al.
 2017) on another network, so it is never called FID and its values compare only with other FED.
-The estimate is biased upwards for few images: compare sets of the same size. N images, F features.
+The estimate is biased upwards for few images: compare sets of the same size, and print `floor`,
+which real images reach at that size, beside it. N images, F features, D dimensions.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,25 +32,29 @@ REFERENCE_FILE = "reference_stats.safetensors"
 @dataclass(frozen=True)
 class Reference:
     """Statistics of the real images: PCA pca_mean (F,), components (D, F); mean (D,), covariance
-    (D, D) of the projected features; the number of images and where they came from."""
+    (D, D) of the projected features (N, D), and where the images came from."""
 
     pca_mean: Doubles
     components: Doubles
     mean: Doubles
     covariance: Doubles
-    count: int
+    projected: Doubles
     source: Mapping[str, Any]
 
     @property
     def dims(self) -> int:
         return len(self.mean)
 
+    @property
+    def count(self) -> int:
+        return len(self.projected)
+
 
 def frechet_distance(mean_1: Doubles, cov_1: Doubles, mean_2: Doubles, cov_2: Doubles) -> float:
     """Squared Frechet distance of two Gaussians: means (D,), covariances (D, D), may be singular.
 
-    tr (C_1 C_2)^(1/2) is taken as the sum of roots of the eigenvalues of A C_2 A with A = C_1^(1/2):
-    both factors are symmetric, so nothing turns complex where `sqrtm` would need a fudge.
+    tr (C_1 C_2)^(1/2) is the sum of the roots of the eigenvalues of A C_2 A with A = C_1^(1/2):
+    that is symmetric, so nothing turns complex where `sqrtm` would need a fudge.
     """
     values, vectors = np.linalg.eigh((cov_1 + cov_1.T) / 2)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
@@ -63,7 +68,7 @@ def frechet_distance(mean_1: Doubles, cov_1: Doubles, mean_2: Doubles, cov_2: Do
 def fit_reference(
     features: npt.NDArray[Any], *, dims: int = DIMS, source: Mapping[str, Any] | None = None
 ) -> Reference:
-    """features (N, F) of the real images -> their PCA and statistics. Raises HcfError for N <= dims."""
+    """features (N, F) of real images -> their PCA and statistics. Raises HcfError for N <= dims."""
     x = _checked(features, dims, "reference")
     pca_mean = x.mean(0)
     values, vectors = np.linalg.eigh((x - pca_mean).T @ (x - pca_mean))
@@ -76,7 +81,7 @@ def fit_reference(
         components=components,
         mean=projected.mean(0),
         covariance=np.cov(projected, rowvar=False).reshape(dims, dims),
-        count=len(x),
+        projected=projected,
         source=dict(source or {}),
     )
 
@@ -84,9 +89,24 @@ def fit_reference(
 def feature_distance(features: npt.NDArray[Any], reference: Reference) -> float:
     """features (N, F) -> FED to the reference. Raises HcfError for N <= D: no covariance then."""
     x = _checked(features, reference.dims, "compared")
-    projected = (x - reference.pca_mean) @ reference.components.T
+    return _distance((x - reference.pca_mean) @ reference.components.T, reference)
+
+
+def _distance(projected: Doubles, reference: Reference) -> float:
     covariance = np.cov(projected, rowvar=False).reshape(reference.dims, reference.dims)
     return frechet_distance(projected.mean(0), covariance, reference.mean, reference.covariance)
+
+
+def floor(reference: Reference, count: int, *, draws: int = 5, seed: int = 0) -> float | None:
+    """FED of `count` real images drawn from the reference set itself: what no model can beat.
+
+    None where the set has not more than `count` images, or `count` is too small for a covariance.
+    """
+    if not reference.dims < count < reference.count:
+        return None
+    rng = np.random.default_rng(seed)
+    chosen = [rng.permutation(reference.count)[:count] for _ in range(draws)]
+    return float(np.mean([_distance(reference.projected[rows], reference) for rows in chosen]))
 
 
 def fed(images: Images, reference: Reference) -> float:
@@ -116,22 +136,21 @@ def _checked(features: npt.NDArray[Any], dims: int, name: str) -> Doubles:
 
 
 def save_reference(reference: Reference, path: Path) -> None:
-    """Writes the statistics as safetensors, float32 for the PCA (0.7 MB)."""
-    from safetensors.numpy import save_file
+    """Writes the statistics as safetensors: float32 for the PCA, float16 for the single images."""
+    from safetensors.numpy import save
 
-    tensors = {
+    tensors: dict[str, npt.NDArray[Any]] = {
         "pca_mean": reference.pca_mean.astype(np.float32),
         "components": np.ascontiguousarray(reference.components, np.float32),
         "mean": reference.mean,
         "covariance": np.ascontiguousarray(reference.covariance),
-        "count": np.array([reference.count], np.int64),
+        "projected": reference.projected.astype(np.float16),
     }
+    # one key: safetensors writes several in an order that changes from run to run
     source = json.dumps(dict(reference.source), ensure_ascii=False, sort_keys=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(
-            tensors, partial, metadata={"metric": "FED (EfficientNet-Lite0)", "source": source}
-        )
+        partial.write_bytes(save(tensors, metadata={"source": source}))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -150,19 +169,42 @@ def load_reference(path: Path) -> Reference:
         with safe_open(path, "numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        count = int(tensors["count"][0])
+        source = json.loads(metadata.get("source", "{}"))
         arrays = [
             np.asarray(tensors[name], np.float64)
-            for name in ("pca_mean", "components", "mean", "covariance")
+            for name in ("pca_mean", "components", "mean", "covariance", "projected")
         ]
-    except (SafetensorError, KeyError, IndexError, OSError) as error:
+    except (SafetensorError, KeyError, IndexError, OSError, ValueError) as error:
         raise InvalidArtifact(
             f"{path.name} cannot be read: {error}", fix="copy it again"
         ) from error
     dims = len(arrays[2])
-    shapes = [(IMAGE_WIDTH,), (dims, IMAGE_WIDTH), (dims,), (dims, dims)]
+    shapes = [(IMAGE_WIDTH,), (dims, IMAGE_WIDTH), (dims,), (dims, dims), (len(arrays[4]), dims)]
     if [array.shape for array in arrays] != shapes:
         raise InvalidArtifact(f"{path.name} has shapes {[a.shape for a in arrays]}, not {shapes}")
     if not all(np.isfinite(array).all() for array in arrays):
         raise InvalidArtifact(f"{path.name} holds values that are not finite", fix="copy it again")
-    return Reference(*arrays, count=count, source=json.loads(metadata.get("source", "{}")))
+    pca_mean, components, mean, covariance, projected = arrays
+    return Reference(pca_mean, components, mean, covariance, projected, source)
+
+
+def build_reference(
+    emoji_folder: Path, output: Path, *, labels: Sequence[str] | None = None, size: int = 64
+) -> Reference:
+    """Statistics of the generator vendors' art, of all names or `labels`, written to `output`.
+
+    Raises FileNotFoundError without a data set, HcfError for too few images.
+    """
+    from taiji.data import emoji
+
+    images, rows = emoji.load(emoji_folder, size, emoji.GENERATOR_VENDORS)
+    wanted = {row["label"] for row in rows} if labels is None else set(labels)
+    keep = [i for i, r in enumerate(rows) if r["label"] in wanted and r["concept_split"] == "train"]
+    source = {
+        "art": "emoji of " + ", ".join(emoji.GENERATOR_VENDORS),
+        "names": len({rows[i]["label"] for i in keep}),
+        "pixels": size,
+    }
+    reference = fit_reference(image_features(images[keep]), source=source)
+    save_reference(reference, output)
+    return reference

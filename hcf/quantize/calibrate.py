@@ -32,7 +32,7 @@ MAX_CALLS = (
 
 
 def choose_prompts(prompts: Sequence[str], samples: int, seed: int) -> list[str]:
-    """`samples` prompts drawn with `seed`; without repeats while there are enough, then round again."""
+    """`samples` prompts drawn with `seed`; no repeats while there are enough, then round again."""
     if not prompts:
         raise RecipeError(
             "no calibration prompts", fix="set quantize.calibration_prompts to a list or a file"
@@ -44,7 +44,7 @@ def choose_prompts(prompts: Sequence[str], samples: int, seed: int) -> list[str]
 
 def collect(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: list[str],
     *,
     steps: int,
     guidance_scale: float,
@@ -53,8 +53,7 @@ def collect(
     max_calls: int = MAX_CALLS,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[DenoiserCall]:
-    """Run the pipeline on `prompts` and keep at most `max_calls` denoiser calls, spread evenly over all
-    of them."""
+    """Run the pipeline on `prompts`; keep at most `max_calls` calls, spread evenly over all."""
     calls = record_calls(
         pipe, prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size
     )
@@ -70,10 +69,9 @@ def collect(
 
 
 def spread(calls: Sequence[DenoiserCall], count: int) -> list[DenoiserCall]:
-    """At most `count` of `calls`, evenly spaced, so that every part of the trajectory stays
-    represented.
+    """At most `count` of `calls`, so that every part of the trajectory stays represented.
 
-        A plain stride would meet the same timestep every time whenever it divides the number of steps.
+    A plain stride would meet the same timestep every time whenever it divides the steps.
     """
     if len(calls) <= count:
         return list(calls)

@@ -48,7 +48,7 @@ REPORT_CALLS = 8  # calls the error table is taken over
 DEFAULT_EXCLUSIONS: tuple[tuple[str, str], ...] = (
     (
         "conv_in",
-        "first convolution: reads the latents themselves, its error reaches every layer; few operations",
+        "first convolution: reads the latents, its error reaches every layer; few operations",
     ),
     ("conv_out", "last convolution: its error is the error of the prediction; few operations"),
     ("time_embedding.*", "time embedding: one row an image, and every block depends on it"),
@@ -62,11 +62,10 @@ DEFAULT_EXCLUSIONS: tuple[tuple[str, str], ...] = (
 
 
 def quantize(model: Path, output: Path, config: QuantizeConfig, log: Log = print) -> Path:
-    """Artefact `model` -> artefact `output`, calibrated on the model's own trajectories. Returns
-    `output`.
+    """Artefact `model` -> artefact `output`, calibrated on the model's own trajectories.
 
-        Raises `RecipeError` for rules or settings that cannot be meant, `InvalidArtifact` for NaN, dead
-        or unreached layers, `MissingDependency` without nvidia-modelopt.
+    Raises `RecipeError` for rules or settings that cannot be meant, `InvalidArtifact` for NaN, dead
+    or unreached layers, `MissingDependency` without nvidia-modelopt.
     """
     started = time.perf_counter()
     pipe = open_pipeline(model)
@@ -91,7 +90,8 @@ def quantize(model: Path, output: Path, config: QuantizeConfig, log: Log = print
     rows = layer_errors(denoiser, scales, sample)
     error = relative_error(denoiser, scales, sample)
     log(
-        f"{config.component}: worst layer {rows[0].layer} {rows[0].sqnr_db:.1f} dB, end to end {error:.4f}"
+        f"{config.component}: relative error {error:.4f}, "
+        f"worst layer {rows[0].layer} ({rows[0].sqnr_db:.1f} dB)"
     )
 
     with staged_folder(output) as folder:
@@ -145,9 +145,8 @@ def choose_layers(
 ) -> tuple[list[str], dict[str, str]]:
     """Which Conv2d/Linear are quantised, and for the others why not: (layers, {layer: reason}).
 
-    `rules` (pattern, reason, excluded) come after the default exclusions; the last rule that
-    matches a layer decides. Raises `RecipeError` for a rule that matches no layer, or when nothing
-    is left to quantise.
+    `rules` (pattern, reason, excluded) come after the default exclusions; the last match decides.
+    Raises `RecipeError` for a rule that matches no layer, or when nothing is left to quantise.
     """
     names = [
         name
@@ -159,7 +158,7 @@ def choose_layers(
         matched = fnmatch.filter(names, pattern)
         if not matched and (pattern, reason) not in DEFAULT_EXCLUSIONS:
             raise RecipeError(
-                f"the quantize rule {pattern!r} matches none of the {len(names)} Conv2d/Linear layers",
+                f"quantize rule {pattern!r} matches none of {len(names)} Conv2d/Linear layers",
                 fix=f"layer names look like {names[len(names) // 2]!r}; `*` matches across dots",
             )
         for name in matched:
@@ -174,8 +173,7 @@ def choose_layers(
 
 
 def read_prompts(model: Path, config: QuantizeConfig) -> list[str]:
-    """The recipe's calibration prompts, or the captions the model ships; `RecipeError` where there are
-    none."""
+    """The recipe's calibration prompts, else the captions the model ships; RecipeError if none."""
     if isinstance(config.calibration_prompts, list) and config.calibration_prompts:
         return config.calibration_prompts
     given = isinstance(config.calibration_prompts, Path)
@@ -201,8 +199,7 @@ def read_prompts(model: Path, config: QuantizeConfig) -> list[str]:
 
 
 def sampling_of(pipe: Any, model: Path) -> tuple[int, float]:
-    """(steps, guidance_scale) the artefact is meant to be sampled with: manifest, else the pipeline's
-    own defaults."""
+    """(steps, guidance_scale) to sample the artefact with: manifest, else the pipeline's own."""
     steps: int | None = None
     guidance_scale: float | None = None
     if (model / "hcf_manifest.json").is_file():

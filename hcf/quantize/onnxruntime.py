@@ -31,9 +31,9 @@ def onnxruntime_form(
 ) -> dict[str, int]:
     """Write `output` (one file) from the fp32 export; returns its node counts by type.
 
-    `layers` are the module names to quantise (`read_scales(...)`'s keys). Calls are fed one at a
-    time, at most 16. Raises `InvalidArtifact` if a layer has no node in the graph,
-    `MissingDependency` without onnxruntime.
+    `layers` are the module names to quantise (keys of `read_scales`). At most 16 calls are fed.
+    Raises `InvalidArtifact` if a layer has no node in the graph, `MissingDependency` without
+    onnxruntime.
     """
     try:
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -49,7 +49,8 @@ def onnxruntime_form(
     with tempfile.TemporaryDirectory(dir=output.parent) as work:
         prepared, quantised = Path(work) / "prepared.onnx", Path(work) / "quantised.onnx"
         quant_pre_process(str(fp32_onnx), str(prepared), skip_symbolic_shape=True)
-        # preprocessing fuses MatMul + Add into Gemm and drops the exporter's scopes, but keeps the names of the weights
+        # preprocessing fuses MatMul + Add into Gemm and drops the exporter's scopes, but keeps the
+        # names of the weights
         layers_of = _layers_by_weight(onnx.load(str(fp32_onnx), load_external_data=False), layers)
         graph = onnx.load(str(prepared)).graph
         nodes = [
@@ -61,8 +62,8 @@ def onnxruntime_form(
         missing = sorted(set(layers) - found)
         if missing:
             raise InvalidArtifact(
-                f"{len(missing)} of {len(layers)} quantised layers have no node after ONNX Runtime's preprocessing: "
-                + ", ".join(missing[:8]),
+                f"{len(missing)} of {len(layers)} quantised layers have no node in the graph that "
+                "ONNX Runtime prepared: " + ", ".join(missing[:8]),
                 fix="export the same model that was quantised, with the dynamo exporter",
             )
         quantize_static(
@@ -95,8 +96,7 @@ def _layers_by_weight(model: Any, layers: Sequence[str]) -> dict[str, set[str]]:
 def feeds(
     calls: Sequence[DenoiserCall], inputs: Sequence[str]
 ) -> Iterator[Mapping[str, NDArray[np.generic]]]:
-    """Each call as the arrays a session takes, by graph input name; `InvalidArtifact` for an input no
-    call has."""
+    """Each call as the arrays a session takes; `InvalidArtifact` for an input no call has."""
     for call in calls:
         tensors = flat_inputs(call)
         if missing := sorted(set(inputs) - set(tensors)):
@@ -111,7 +111,7 @@ def _reader(calls: Sequence[DenoiserCall], inputs: Sequence[str]) -> Any:
     """ONNX Runtime's iterator protocol over `calls`."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.feeds = feeds(calls, inputs)
 

@@ -35,9 +35,9 @@ def calibrate_scales(
     algorithm: str = "max",
     percentile: float = 99.99,
 ) -> dict[str, LayerScale]:
-    """Ranges of `layers` over `calls`. `denoiser` (fp32) is not changed: modelopt works on a copy.
+    """Ranges of `layers` over `calls`. `denoiser` (fp32) is not changed: modelopt has a copy.
 
-    Raises `RecipeError` for an unknown algorithm, `InvalidArtifact` naming the layers that have NaN
+    Raises `RecipeError` for an unknown algorithm; `InvalidArtifact` naming the layers that have NaN
     or infinite values, are never reached by the calibration, or only ever see zeros;
     `MissingDependency` without nvidia-modelopt.
     """
@@ -70,7 +70,8 @@ def calibrate_scales(
             model = mtq.quantize(model, config, forward_loop=run)
         except AssertionError as error:
             raise InvalidArtifact(
-                f"calibration met NaN or infinite values: first in the input of {_first_non_finite(denoiser, layers, calls)}",
+                "calibration met NaN or infinite values: first in the input of "
+                + _first_non_finite(denoiser, layers, calls),
                 fix="check the weights and the calibration prompts",
             ) from error
         quantizers = {name: model.get_submodule(name).input_quantizer for name in layers}
@@ -79,7 +80,7 @@ def calibrate_scales(
             raise InvalidArtifact(
                 f"{len(unreached)} layer(s) are never reached by the calibration calls: "
                 + ", ".join(unreached[:12]),
-                fix="leave them out with an `exclude` rule, or calibrate with prompts that use them",
+                fix="add an `exclude` rule, or calibrate with prompts that use them",
             )
     input_amax = {name: float(quantizer.amax) for name, quantizer in quantizers.items()}
     if algorithm == "percentile":
@@ -103,11 +104,9 @@ def calibrate_scales(
 
 
 def quant_cfg(layers: Sequence[str]) -> list[dict[str, Any]]:
-    """modelopt's ordered list: everything off, then weights (axis 0) and inputs (per tensor) of
-    `layers` on.
+    """modelopt's ordered list: all off, then weights (axis 0) and inputs (per tensor) of `layers`.
 
-        Our own list, since the default configurations leave out `*proj_out.*` and quantise the inputs
-        of norms.
+    Our own list: the default ones leave out `*proj_out.*` and quantise the inputs of norms.
     """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name in layers:
@@ -127,11 +126,10 @@ def histogram_amax(
     calls: Sequence[DenoiserCall],
     choose: Callable[[Tensor, float], float],
 ) -> dict[str, float]:
-    """Per layer choose(histogram (HISTOGRAM_BINS,) of |x| over 0 .. amax, amax), x the layer's inputs
-    over `calls`.
+    """Per layer choose(histogram (HISTOGRAM_BINS,) of |x| over 0 .. amax, amax), x its inputs.
 
-        Our own histogram: that of modelopt 0.47 searches its MSE with the arguments of an older
-        quantisation function and always returns its first candidate.
+    Our own histogram: modelopt 0.47 searches its MSE with the arguments of an older quantisation
+    function and always returns its first candidate.
     """
     counts = {name: torch.zeros(HISTOGRAM_BINS, dtype=torch.float64) for name in input_amax}
 
@@ -157,15 +155,14 @@ def histogram_amax(
 
 
 def percentile_amax(counts: Tensor, amax: float, percentile: float) -> float:
-    """Upper edge of the bin that holds the given percentile of |x|; counts (bins,) over 0 .. amax."""
+    """Upper edge of the bin that holds the percentile of |x|; counts (bins,) over 0 .. amax."""
     below = counts.cumsum(0) / counts.sum()
     index = int(torch.searchsorted(below, percentile / 100).clamp(max=len(counts) - 1))
     return amax * (index + 1) / len(counts)
 
 
 def mse_amax(counts: Tensor, amax: float) -> float:
-    """The a in amax * (0.2, 0.21, .. 1) with the least sum of counts * (q_a(v) - v)^2, v the centres of
-    the bins."""
+    """The a in amax * (0.2, 0.21, .. 1) of least sum counts * (q_a(v) - v)^2, v the bin centres."""
     values = (torch.arange(len(counts), dtype=torch.float64) + 0.5) * (amax / len(counts))
     candidates = amax * torch.arange(20, 101, dtype=torch.float64)[:, None] / 100
     errors = (fake_quantize(values, candidates / INT8_MAX) - values).square() @ counts

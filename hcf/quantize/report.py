@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,7 @@ class LayerError:
 
 
 def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """x (...), scale broadcastable to x -> x rounded to the INT8 grid: clip(round(x / s), -128, 127) *
-    s."""
+    """x (...), scale broadcastable -> x on the INT8 grid: clip(round(x / s), -128, 127) * s."""
     return (x / scale).round().clamp(-INT8_MAX - 1, INT8_MAX) * scale
 
 
@@ -48,8 +47,7 @@ def fake_quantized_weight(module: nn.Conv2d | nn.Linear, scale: LayerScale) -> T
 
 @contextmanager
 def fake_quantized(denoiser: nn.Module, scales: Mapping[str, LayerScale]) -> Iterator[nn.Module]:
-    """Within the block `denoiser` computes what the INT8 engines compute, in fp arithmetic; restored
-    afterwards."""
+    """Inside, `denoiser` computes what INT8 engines compute, in fp arithmetic; then restored."""
     kept: list[tuple[nn.Conv2d | nn.Linear, Tensor]] = []
     hooks = []
     try:
@@ -79,7 +77,7 @@ def fake_quantized(denoiser: nn.Module, scales: Mapping[str, LayerScale]) -> Ite
 def layer_errors(
     denoiser: nn.Module, scales: Mapping[str, LayerScale], calls: Sequence[DenoiserCall]
 ) -> list[LayerError]:
-    """SQNR of every layer of `scales` over `calls`, worst first. Cost: about two forwards a call."""
+    """SQNR of every layer of `scales` over `calls`, worst first. Costs two forwards a call."""
     signal = dict.fromkeys(scales, 0.0)
     noise = dict.fromkeys(scales, 0.0)
     hooks = []
@@ -100,7 +98,7 @@ def layer_errors(
             if isinstance(module, nn.Conv2d):
                 rounded = module._conv_forward(x, weight, module.bias)
             else:
-                rounded = nn.functional.linear(x, weight, module.bias)
+                rounded = nn.functional.linear(x, weight, cast(nn.Linear, module).bias)
             signal[name] += float(output.double().square().sum())
             noise[name] += float((rounded - output).double().square().sum())
 

@@ -95,7 +95,7 @@ def read_scales(path: Path) -> dict[str, LayerScale]:
 
 
 def check_scales(scales: Mapping[str, LayerScale], where: str) -> None:
-    """Raise `InvalidArtifact` naming every layer whose amax is NaN, infinite or cannot be a scale."""
+    """Raise `InvalidArtifact` naming every layer whose amax is NaN, infinite or no scale."""
     broken = [
         name
         for name, layer in scales.items()
@@ -106,7 +106,7 @@ def check_scales(scales: Mapping[str, LayerScale], where: str) -> None:
     ]
     if broken:
         raise InvalidArtifact(
-            f"{where}: {len(broken)} layer(s) have a calibration range that is NaN, infinite or zero: "
+            f"{where}: {len(broken)} layer(s) have a range that is NaN, infinite or zero: "
             + ", ".join(sorted(broken)[:12]),
-            fix="look for NaN weights or dead inputs, or leave these layers out with an `exclude` rule",
+            fix="look for NaN weights or dead inputs, or add an `exclude` rule",
         )

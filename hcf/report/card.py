@@ -123,16 +123,15 @@ def _gate_table(gate: Sequence[GateRow]) -> str:
     ]
     for row in gate:
         verdict = "reported" if row.passed is None else "pass" if row.passed else "**fail**"
-        lines.append(
-            f"| {row.metric} | {number(row.baseline, row.digits)} | {number(row.value, row.digits)} "
-            f"| {row.threshold or '-'} | {verdict} |"
-        )
+        baseline, value = number(row.baseline, row.digits), number(row.value, row.digits)
+        cells = (row.metric, baseline, value, row.threshold or "-", verdict)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _provenance(manifest: Mapping[str, Any]) -> str:
-    lines = [f"- content hash `{manifest.get('content_hash', '')}`"]
-    lines += [
+    # not its own content hash: this file is part of the content
+    lines = [
         f"- parent {parent.get('name', '')} `{parent.get('content_hash', '')}`"
         for parent in manifest.get("parents") or ()
     ]

@@ -20,7 +20,7 @@ from hcf.errors import StorageError
 
 
 def as_image(image: Any) -> Image.Image:
-    """A PIL image from a PIL image, uint8 or [0, 1] float, (H, W, 3), (3, H, W) or (H, W), numpy or torch.
+    """A PIL image from PIL, numpy or torch: (H, W, 3), (3, H, W) or (H, W), uint8 or [0, 1] float.
 
     Raises:
         ValueError: another shape, values that are not finite.
@@ -58,9 +58,7 @@ def image_grid(
     tiles = [as_image(image) for image in images]
     width, height = tiles[0].size
     if any(tile.size != (width, height) for tile in tiles):
-        raise ValueError(
-            f"the images of a grid have one size, not {sorted({t.size for t in tiles})}"
-        )
+        raise ValueError(f"images of one size make a grid, not {sorted({t.size for t in tiles})}")
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     size = (columns * (width + gap) + gap, rows * (height + gap) + gap)
@@ -78,7 +76,7 @@ def save_grid(
     captions: Sequence[str] | None = None,
     gap: int = 4,
 ) -> Path:
-    """Writes the grid as PNG through a temporary file; `captions` go into its text as a JSON list."""
+    """Writes the grid as PNG, whole or not at all; `captions` go into its text as a JSON list."""
     text = PngInfo()
     if captions is not None:
         if len(captions) != len(images):

@@ -1,7 +1,7 @@
-"""One self-contained HTML page from a run: verdict, figures, images, gate, times, errors, provenance.
+"""One self-contained HTML page from a run: verdict, images, gate, times, errors, provenance.
 
-Nothing is loaded from anywhere: images are `data:` addresses, style and drawings are inline, there is
-no script. The page is rendered by jinja2 with escaping on, from the template `page.html.jinja`.
+Nothing is loaded from anywhere: images are `data:` addresses, style and drawings are inline, there
+is no script. The page is rendered by jinja2 with escaping on, from the template `page.html.jinja`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,32 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from hcf.artifact import EngineEntry, Manifest
 from hcf.report.charts import interval_bar, log_axis, share_bar, stacked_bar
 from hcf.report.grid import png_data_uri, replace_file
 from hcf.report.table import Rung, number, ratio
 
+if TYPE_CHECKING:
+    from hcf.quality.gate import Verdict
+
 WORST_LAYERS = 15
+# Names of the gate's metrics for people, and the decimals they are printed with.
+METRIC_LABELS = {
+    "psnr_db": ("PSNR over all pixels, dB", 2),
+    "psnr_mean_db": ("PSNR, mean over images, dB", 2),
+    "ssim": ("SSIM", 4),
+    "fed": ("Fréchet distance (FED)", 3),
+    "clip_zh": ("CLIP-zh", 4),
+    "retrieval_r5": ("caption retrieval, top 5 of 64", 3),
+    "colour": ("colour right (rule judge)", 3),
+    "shape": ("shape right (rule judge)", 3),
+    "count": ("count right (rule judge)", 3),
+    "position": ("position right (rule judge)", 3),
+}
 # A layer below this SQNR loses more than well behaved INT8 layers do (25 to 45 dB).
 WEAK_SQNR_DB = 25.0
 
@@ -89,12 +106,18 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One engine that was tried; `note` says why it has no time."""
+    """One engine that was tried: median time with its interval, relative L2 error to eager fp32.
+
+    `runs` says what really runs, `note` why there is no time.
+    """
 
     component: str
     engine: str
     precision: str
     p50_ms: float | None
+    low_ms: float | None = None
+    high_ms: float | None = None
+    error: float | None = None
     version: str = ""
     runs: str = ""
     chosen: bool = False
@@ -149,7 +172,7 @@ def write_report(
     for column in images:
         if len(column.images) != len(prompts):
             raise ValueError(
-                f"column {column.label!r} has {len(column.images)} images for {len(prompts)} prompts"
+                f"column {column.label!r}: {len(column.images)} images, {len(prompts)} prompts"
             )
     import jinja2
 
@@ -217,6 +240,65 @@ def speed_row(label: str, comparison: Mapping[str, Any], goal: float | None = No
     )
 
 
+def gate_rows(verdict: Verdict) -> list[GateRow]:
+    """The metrics of a gate's verdict; ungated ones without a value are left out."""
+    rows = []
+    for metric in verdict.metrics:
+        if metric.value is None and metric.passed is None:
+            continue
+        label, digits = METRIC_LABELS.get(metric.name, (metric.name.replace("_", " "), 4))
+        rows.append(
+            GateRow(
+                metric=label,
+                value=metric.value,
+                threshold=metric.threshold,
+                passed=metric.passed,
+                baseline=metric.baseline,
+                note=metric.reason,
+                digits=digits,
+            )
+        )
+    return rows
+
+
+def engine_rows(manifest: Manifest) -> list[EngineRow]:
+    """The engines of a manifest; `chosen` marks the entry that `hcf.load` takes."""
+    rows = []
+    for component, entries in manifest.engines.items():
+        chosen = chosen_entry(manifest, component)
+        for entry in entries:
+            counts = sorted(entry.layer_precisions.items(), key=lambda item: -item[1])
+            rows.append(
+                EngineRow(
+                    component=component,
+                    engine=entry.engine,
+                    precision=entry.precision,
+                    p50_ms=entry.latency_ms,
+                    low_ms=entry.latency_low_ms,
+                    high_ms=entry.latency_high_ms,
+                    error=entry.error,
+                    version=entry.version,
+                    runs=", ".join(f"{name} {count}" for name, count in counts),
+                    chosen=entry is chosen,
+                    note=entry.notes,
+                )
+            )
+    return rows
+
+
+def chosen_entry(manifest: Manifest, component: str) -> EngineEntry | None:
+    """The entry the manifest chose: named by its place, its engine or "engine-precision"."""
+    entries = manifest.engines.get(component, [])
+    named: object = manifest.chosen.get(component)
+    if isinstance(named, int):
+        return entries[named] if 0 <= named < len(entries) else None
+    found = [e for e in entries if named in (e.engine, f"{e.engine}-{e.precision}")]
+    timed = [entry for entry in found if entry.latency_ms is not None]
+    return (
+        min(timed, key=lambda entry: entry.latency_ms or 0.0) if timed else next(iter(found), None)
+    )
+
+
 def layer_row(row: Mapping[str, Any]) -> LayerRow:
     """A row from the per-layer table of `unet/quantization.json`."""
     sqnr = row["sqnr_db"]
@@ -256,7 +338,8 @@ def _speed_view(speeds: Sequence[SpeedRow]) -> list[dict[str, Any]]:
         bar: Markup | None = None
         if row.speedup is not None and row.low is not None and row.high is not None:
             bar = interval_bar(row.speedup, row.low, row.high, axis, row.goal)
-        met = None if row.goal is None or row.speedup is None else row.speedup >= row.goal
+        # the bound, not the estimate: a goal is met when the interval lies above it
+        met = None if row.goal is None or row.low is None else row.low >= row.goal
         view.append(
             {
                 "row": row,
@@ -264,7 +347,7 @@ def _speed_view(speeds: Sequence[SpeedRow]) -> list[dict[str, Any]]:
                 "speedup": None if row.speedup is None else ratio(row.speedup),
                 "low": None if row.low is None else ratio(row.low),
                 "high": None if row.high is None else ratio(row.high),
-                "goal": None if row.goal is None else ratio(row.goal),
+                "goal": None if row.goal is None else f"{row.goal:g}",
                 "met": met,
                 "baseline_ms": number(row.baseline_ms, 1),
                 "candidate_ms": number(row.candidate_ms, 1),
@@ -324,6 +407,10 @@ def _engine_view(engines: Sequence[EngineRow]) -> list[dict[str, Any]]:
             "row": row,
             "first": i == 0 or ranked[i - 1].component != row.component,
             "ms": number(row.p50_ms, 2),
+            "interval": None
+            if row.low_ms is None or row.high_ms is None
+            else f"[{number(row.low_ms, 2)}, {number(row.high_ms, 2)}]",
+            "error": "-" if row.error is None else f"{row.error:.2g}",
             "bar": None
             if row.p50_ms is None
             else share_bar(row.p50_ms, most[row.component], "chosen" if row.chosen else "bar"),

@@ -1,4 +1,4 @@
-"""The ladder: what each rung of the run costs and what it keeps, for a terminal, Markdown and the page."""
+"""The ladder: what each rung of a run costs and keeps, for a terminal, Markdown and the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADINGS = (
 
 @dataclass(frozen=True)
 class Rung:
-    """One row of the ladder; None is printed as a dash (not measured, or not defined for this rung).
+    """One row of the ladder; None is printed as a dash (not measured, or not defined here).
 
     `speedup` is over the first rung, end to end; `psnr_db` is against the same student in fp32.
     """
@@ -62,6 +62,8 @@ def speedup_text(value: float | None, low: float | None, high: float | None) -> 
     """ "42.1x [41.6, 42.7]"; without bounds it says so."""
     if value is None:
         return "-"
+    if low == high == value:
+        return f"{ratio(value)}x"  # a rung over itself has no interval
     if low is None or high is None:
         return f"{ratio(value)}x (no interval)"
     return f"{ratio(value)}x [{ratio(low)}, {ratio(high)}]"

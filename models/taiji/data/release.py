@@ -1,8 +1,8 @@
 """What ships beside the weights so that the toolkit can distil, calibrate and check without the
 corpus: latents with captions, and the prompts of the quality check with their ground truth.
 
-`hcf_data/latents_distill.safetensors`  latents (N, C, h, w) float16, scaled
-`hcf_data/captions_distill.json`        N lists of captions
+`hcf_data/latents_distill.safetensors`  latents (N, C, h, w) float16, scaled; row (M,) int64
+`hcf_data/captions_distill.json`        M captions; caption m describes latent row[m]
 `hcf_data/check_prompts.json`           list of {id, prompt, kind, split, label, truth}
 """
 
@@ -28,17 +28,21 @@ class ReleaseConfig(BaseModel):
     seed: int = 0
 
 
-def distillation_captions(corpus: Corpus, config: ReleaseConfig) -> tuple[list[int], list[list[str]]]:
-    """Corpus positions to release and, for each, its distinct captions."""
+def distillation_captions(
+    corpus: Corpus, config: ReleaseConfig
+) -> tuple[list[int], list[str], list[int]]:
+    """Corpus positions to release, their captions, and each caption's index into the positions."""
     rng = Random(config.seed)
     emoji_count = len(corpus.rows)
     positions = list(range(emoji_count))
     positions += range(emoji_count, emoji_count + min(config.scenes, len(corpus.scenes)))
-    captions = [
-        list(dict.fromkeys(corpus.caption(i, rng) for _ in range(config.captions_per_latent)))
-        for i in positions
-    ]
-    return positions, captions
+    captions: list[str] = []
+    row: list[int] = []
+    for number, i in enumerate(positions):
+        drawn = dict.fromkeys(corpus.caption(i, rng) for _ in range(config.captions_per_latent))
+        captions += drawn
+        row += [number] * len(drawn)
+    return positions, captions, row
 
 
 def check_prompts(corpus: Corpus, data: CorpusConfig, config: ReleaseConfig) -> list[dict[str, Any]]:

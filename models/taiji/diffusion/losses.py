@@ -34,13 +34,15 @@ def diffusion_target(
 
 
 def denoising_loss(
-    prediction: Tensor, target: Tensor, alphas_cumprod: Tensor, *, gamma: float, kind: str
+    prediction: Tensor, target: Tensor, alphas_cumprod: Tensor, *, gamma: float | None, kind: str
 ) -> Tensor:
     """prediction, target (B, C, H, W), alphas_cumprod (B,) -> scalar weighted mean square error.
 
-    A v weight of zero at zero SNR would leave the first sampling step untrained, so the weight of
-    the noisiest steps is floored.
+    `gamma` None weighs every step alike. Else a v weight of zero at zero SNR would leave the first
+    sampling step untrained, so the weight of the noisiest steps is floored.
     """
     per_sample = (prediction.float() - target.float()).square().mean((1, 2, 3))
+    if gamma is None:
+        return per_sample.mean()
     weight = min_snr_weight(alphas_cumprod, gamma, kind).clamp_min(0.1)
     return torch.mean(weight * per_sample)

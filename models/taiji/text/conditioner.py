@@ -1,6 +1,7 @@
 """Both encoders and their fusion as one step: token ids in, the U-Net's conditions out."""
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import ChineseCLIPModel
 
 from taiji.text.fusion import TextFusion
@@ -24,11 +25,17 @@ class TextConditioner(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """ids, masks (B, S1), (B, S2); keep (B,) bool -> context (B, S1+S2, D), pooled (B, P)
 
-        The towers see the true masks: a row with nothing to attend to is NaN in softmax.
+        The towers see the true masks: a row with nothing to attend to is NaN in softmax. They
+        run over the longest text of the batch; fusion replaces what lies beyond by its padding.
         """
-        hidden = self.image_clip.text_model(input_ids=clip_ids, attention_mask=clip_mask)[0]
+        s1, s2 = int(clip_mask.sum(1).max()), int(mask.sum(1).max())
+        hidden = self.image_clip.text_model(
+            input_ids=clip_ids[:, :s1], attention_mask=clip_mask[:, :s1]
+        )[0]
         pooled = self.image_clip.text_projection(hidden[:, 0])
-        sandwich = self.text_encoder(ids, mask)
+        sandwich = self.text_encoder(ids[:, :s2], mask[:, :s2])
+        hidden = pad(hidden, (0, 0, 0, clip_ids.shape[1] - s1))
+        sandwich = pad(sandwich, (0, 0, 0, ids.shape[1] - s2))
         context, both = self.fusion(
             hidden, pooled, clip_mask * keep_clip[:, None], sandwich, mask * keep_sandwich[:, None]
         )

@@ -104,7 +104,7 @@ def run(
         with accelerator.autocast():
             loss, parts = model(**batch, generator=generator)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {float(loss)} at step {step}; lower learning_rate")
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower learning_rate")
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()

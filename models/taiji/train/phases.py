@@ -55,7 +55,7 @@ class UNetObjective(nn.Module):
         scheduler: DDIMScheduler,
         time_ids: Tensor,
         *,
-        gamma: float = 5.0,
+        gamma: float | None = 5.0,
         drop_both: float = 0.1,
         drop_one: float = 0.05,
     ) -> None:

@@ -45,7 +45,7 @@ class TrainRecipe(BaseModel):
     release: ReleaseConfig = ReleaseConfig()
     emoji_share: float = Field(0.6, ge=0, le=1)
     kl_weight: float = 1e-5
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: float | None = 5.0
 
 
 def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> TrainRecipe:
@@ -188,16 +188,17 @@ def unet(recipe: TrainRecipe, corpus: Corpus, log: Log) -> dict[str, float]:
 def release(recipe: TrainRecipe, corpus: Corpus, log: Log) -> dict[str, float]:
     """Writes hcf_data/ beside the weights."""
     vae = AutoencoderKL.from_pretrained(recipe.model / "vae").eval()
-    positions, captions = distillation_captions(corpus, recipe.release)
+    positions, captions, row = distillation_captions(corpus, recipe.release)
     prompts = check_prompts(corpus, recipe.data, recipe.release)
     folder = recipe.model / "hcf_data"
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / "latents_distill.safetensors.tmp"
-    save_file({"latents": encode(vae, corpus.images[positions])}, staging)
+    tensors = {"latents": encode(vae, corpus.images[positions]), "row": torch.tensor(row)}
+    save_file(tensors, staging)
     os.replace(staging, folder / "latents_distill.safetensors")
     _write_text(folder / "captions_distill.json", to_json(captions))
     _write_text(folder / "check_prompts.json", to_json(prompts))
-    log(f"{len(positions)} latents, {len(prompts)} check prompts in {folder}")
+    log(f"{len(positions)} latents, {len(captions)} captions, {len(prompts)} check prompts in {folder}")
     return {"latents": float(len(positions)), "prompts": float(len(prompts))}
 
 
@@ -213,11 +214,16 @@ def encode(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> Tens
 
 
 def save_pipeline(pipe: TaijiStableDiffusionPipeline, folder: Path) -> None:
-    """Components in float16 (half the bytes; loading casts up), each written beside and renamed."""
+    """Components in float16, each written beside and renamed. diffusers loads them as float32;
+    transformers would keep float16, so ImageCLIP stays float32 on disk."""
     staging = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
-    pipe.to(torch.float16).save_pretrained(staging)
-    pipe.to(torch.float32)
+    halved = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.fusion)
+    for module in halved:
+        module.half()
+    pipe.save_pretrained(staging)
+    for module in halved:
+        module.float()
     for item in staging.iterdir():
         target = folder / item.name
         if target.is_dir():

@@ -1,0 +1,94 @@
+"""`hcf data build` and `hcf train`: what the models are made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hcf.errors import HcfError, InvalidArtifact, MissingDependency, RecipeError
+from hcf.terminal import (
+    Format,
+    FormatOption,
+    OutputOption,
+    SetOption,
+    finish,
+    make_log,
+    parse_overrides,
+)
+
+data = typer.Typer(no_args_is_help=True, help="Make data sets.")
+build = typer.Typer(no_args_is_help=True, help="Build a data set, deterministically.")
+data.add_typer(build, name="build")
+
+
+@build.command()
+def emoji(
+    output: OutputOption,
+    size: Annotated[list[int] | None, typer.Option(help="Pixels; repeatable.")] = None,
+    vendor: Annotated[list[str] | None, typer.Option(help="Repeatable; all without it.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the packages.")] = None,
+    format: FormatOption = Format.human,
+) -> None:
+    """Real emoji of several vendors with their Chinese names (needs npm to fetch packages)."""
+    try:
+        from taiji.data.emoji import GENERATOR_VENDORS, JUDGE_VENDORS
+        from taiji.data.emoji import build as work
+    except ImportError as error:
+        raise MissingDependency(str(error), "pip install 'hcf-toolkit[data]'") from error
+    vendors = vendor or [*GENERATOR_VENDORS, *JUDGE_VENDORS]
+    log = make_log(format)
+    try:
+        work(output, sizes=size or (64, 128), cache=cache, vendors=vendors, log=log)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    except RuntimeError as error:
+        raise MissingDependency(str(error), "install npm, or give --cache") from error
+    finish(format, str(output), {"output": str(output)})
+
+
+@build.command()
+def shapes(
+    output: OutputOption,
+    count: Annotated[int, typer.Option(min=1, help="Scenes of each split.")] = 10_000,
+    size: Annotated[int, typer.Option(help="Pixels.")] = 64,
+    seed: Annotated[int, typer.Option()] = 0,
+    format: FormatOption = Format.human,
+) -> None:
+    """The generated world of coloured shapes, whose captions are exactly true."""
+    try:
+        from taiji.data.scenes import build as work
+    except ImportError as error:
+        raise MissingDependency(str(error), "pip install 'hcf-toolkit[data]'") from error
+    try:
+        work(output, count=count, size=size, seed=seed, log=make_log(format))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    finish(format, str(output), {"output": str(output)})
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A file of recipes/train.")],
+    set: SetOption = None,
+    format: FormatOption = Format.human,
+) -> None:
+    """Train one phase of a Taiji model; an interrupted run continues where it was."""
+    from pydantic import ValidationError
+
+    overrides = parse_overrides(set)
+    if not recipe.is_file():
+        raise RecipeError(f"no recipe at {recipe}", "see recipes/train")
+    from taiji.train.recipe import train as work
+
+    try:
+        model = work(recipe, overrides, make_log(format))
+    except ValidationError as error:
+        raise RecipeError(
+            f"{recipe}: {error}", "compare with the files of recipes/train"
+        ) from error
+    except FileNotFoundError as error:
+        raise InvalidArtifact(str(error), "build the data, or run the phases in order") from error
+    except FloatingPointError as error:
+        raise HcfError(f"the training diverged: {error}", "lower loop.learning_rate") from error
+    finish(format, str(model), {"model": str(model)})

@@ -1,0 +1,155 @@
+"""What each stage of a run does: reads earlier results, calls the function, leaves its files.
+
+Stages that make a model write folder/"artifact"; a check and a bench leave JSON and, where bounds
+were set, verdict.json with `passed` and `reasons`; the report leaves a page, a card and a grid.
+Everything heavy is imported when a stage really runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hcf.artifact import MANIFEST, Manifest, Sampling, default_sampling, read_manifest, save_text
+from hcf.recipe import (
+    BenchConfig,
+    BuildConfig,
+    CheckConfig,
+    DistillConfig,
+    ExportConfig,
+    QuantizeConfig,
+    ReportConfig,
+)
+from hcf.run import ARTIFACT, VERDICT, Inputs, Log, Stage
+
+if TYPE_CHECKING:
+    from hcf.quality.gate import Verdict
+
+DATA = "hcf_data"
+END_TO_END, STUDENT, DENOISER = "end_to_end.json", "student.json", "denoiser.json"
+# hcf_bench's word for a comparison that must not be read: wrong outputs, unequal threads.
+INVALID = "INVALID"
+
+
+def run_distill(folder: Path, inputs: Inputs, config: DistillConfig, log: Log) -> None:
+    from hcf.distill.consistency import distill
+
+    distill(_only(inputs), folder / ARTIFACT, config, log)
+
+
+def run_quantize(folder: Path, inputs: Inputs, config: QuantizeConfig, log: Log) -> None:
+    from hcf.quantize.int8 import quantize
+
+    quantize(_only(inputs), folder / ARTIFACT, config, log)
+
+
+def run_export(folder: Path, inputs: Inputs, config: ExportConfig, log: Log) -> None:
+    from hcf.export.onnx import export
+
+    export(_only(inputs), folder / ARTIFACT, config, log)
+
+
+def run_build(folder: Path, inputs: Inputs, config: BuildConfig, log: Log) -> None:
+    from hcf.engines.build import build
+
+    build(_only(inputs), folder / ARTIFACT, config, log)
+
+
+def run_check(folder: Path, inputs: Inputs, config: CheckConfig, log: Log) -> None:
+    """Baseline in eager fp32; a candidate that is the run's result on the engines it was given."""
+    baseline, candidate = next(iter(inputs.values())), list(inputs.values())[-1]
+    engine = "auto" if config.candidate == "result" else "eager"
+    verdict = check_artifacts(baseline, candidate, config, engine=engine, log=log)
+    save_text(folder / VERDICT, verdict.model_dump_json(indent=1))
+
+
+def run_bench(folder: Path, inputs: Inputs, config: BenchConfig, log: Log) -> None:
+    """Teacher eager against result, and against the student where there is one; the U-Net alone."""
+    from hcf_bench.compare import compare_artifacts, compare_denoisers
+    from hcf_bench.results import write_result
+
+    model, *students, result = inputs.values()
+    for student in students:
+        found = compare_artifacts(
+            model,
+            student,
+            config,
+            engines=("eager", "eager"),
+            precisions=("fp32", "fp32"),
+            log=log,
+        )
+        write_result(folder / STUDENT, found)
+    overall = compare_artifacts(
+        model, result, config, engines=("eager", "auto"), precisions=("fp32", None), log=log
+    )
+    write_result(folder / END_TO_END, overall)
+    alone = compare_denoisers(result, config, log=log)
+    write_result(folder / DENOISER, alone)
+    reasons = [
+        f"bench: {found.workload} is invalid: {found.reason}"
+        for found in (overall, alone)
+        if found.verdict == INVALID
+    ]
+    for found, goal in (
+        (overall, config.min_speedup),
+        (alone, config.min_denoiser_speedup),
+    ):
+        low = found.speedup.low if found.speedup else 0.0
+        if goal is not None and low < goal:
+            reasons.append(f"bench: {found.workload}: {low:.2f}x at least, below {goal:g}x")
+    save_text(folder / VERDICT, json.dumps({"passed": not reasons, "reasons": reasons}))
+
+
+def run_report(folder: Path, inputs: Inputs, config: ReportConfig, log: Log) -> None:
+    from hcf.run_report import write_run_report
+
+    write_run_report(folder, inputs, config, log)
+
+
+STAGES: Mapping[str, Stage] = {
+    "distill": run_distill,
+    "quantize": run_quantize,
+    "export": run_export,
+    "build": run_build,
+    "check": run_check,
+    "bench": run_bench,
+    "report": run_report,
+}
+
+
+def check_artifacts(
+    baseline: Path, candidate: Path, config: CheckConfig, *, engine: str = "auto", log: Log = print
+) -> Verdict:
+    """The quality gate on two model folders; the judge and prompts come from either one's data."""
+    from hcf.load import load
+    from hcf.quality.gate import check_pipelines
+
+    data = next((f / DATA for f in (baseline, candidate) if (f / DATA).is_dir()), None)
+    return check_pipelines(
+        load(baseline, engine="eager", threads=config.threads),
+        load(candidate, engine=engine, threads=config.threads),
+        config,
+        data,
+        log,
+        baseline_sampling=sampling_of(baseline),
+        candidate_sampling=sampling_of(candidate),
+    )
+
+
+def manifest_of(path: Path) -> Manifest:
+    """The folder's manifest, or one made up for a plain pipeline folder."""
+    if (path / MANIFEST).is_file():
+        return read_manifest(path)
+    return Manifest(name=path.resolve().name, sampling=default_sampling(path))
+
+
+def sampling_of(path: Path) -> Sampling:
+    """Steps and guidance scale that the folder asks for."""
+    return manifest_of(path).sampling
+
+
+def _only(inputs: Inputs) -> Path:
+    (path,) = inputs.values()
+    return path

@@ -1,0 +1,215 @@
+"""Explicit Q/DQ in an exported graph computes what the fake-quantised model computes, in INT8."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from hcf.errors import HcfError, InvalidArtifact
+from hcf.export.component import graph_inputs, relative_error
+from hcf.export.inspect import inspect_onnx
+from hcf.export.onnx import export_component, graph_runner
+from hcf.export.passes import QdqCounts, insert_qdq
+from hcf.quantize.int8 import choose_layers
+from hcf.quantize.onnxruntime import onnxruntime_form
+from hcf.quantize.ranges import calibrate_scales
+from hcf.quantize.report import fake_quantized, quantisable
+from hcf.quantize.scales import LayerScale
+from hcf.recipe import ExportConfig
+from hcf.trace import DenoiserCall, call_denoiser
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny U-Net: fp32 and INT8 graphs, its scales and three calls of unit variance."""
+
+    unet: torch.nn.Module
+    calls: list[DenoiserCall]
+    scales: dict[str, LayerScale]
+    fp32: Path
+    int8: Path
+    counts: QdqCounts
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    from types import SimpleNamespace
+
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        norm_num_groups=8,
+        cross_attention_dim=48,
+        use_linear_projection=True,
+    )
+    unet.eval().requires_grad_(False)
+    calls = [
+        DenoiserCall(
+            torch.randn(1, 4, 8, 8),
+            torch.full((1,), timestep),
+            {"encoder_hidden_states": torch.randn(1, 7, 48)},
+        )
+        for timestep in (999.0, 666.0, 333.0)
+    ]
+    folder = tmp_path_factory.mktemp("graphs")
+    fp32, int8 = folder / "model.onnx", folder / "model.int8.onnx"
+    config = ExportConfig(components=["unet"], dynamic=False)
+    export_component(SimpleNamespace(unet=unet), "unet", graph_inputs(calls[0]), fp32, config)
+    layers, _ = choose_layers(unet, [])
+    scales = calibrate_scales(unet, layers, calls)
+    graph, counts = insert_qdq(onnx.load(str(fp32)), scales)
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, str(int8))
+    return Case(unet, calls, scales, fp32, int8, counts)
+
+
+def plain_options() -> Any:
+    """Sessions that run the Q/DQ nodes as they are written."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def test_graph_computes_what_the_fake_quantised_model_computes(case: Case) -> None:
+    run = graph_runner(case.int8, plain_options())
+    for call in case.calls:
+        with torch.no_grad():
+            plain = call_denoiser(case.unet, call.sample, call.timestep, call.kwargs)
+            with fake_quantized(case.unet, case.scales):
+                wanted = call_denoiser(case.unet, call.sample, call.timestep, call.kwargs)
+        found = run(graph_inputs(call))
+        error = relative_error(found, plain)
+        assert 1e-3 < error < 0.1  # it is quantised
+        # values on a rounding boundary may go either way: far below the quantisation error
+        assert relative_error(found, wanted) < 0.2 * error
+
+
+def test_counts_and_size(case: Case) -> None:
+    counts = case.counts
+    assert counts.layers == tuple(sorted(case.scales))
+    assert counts.nodes == len(case.scales)
+    summary = inspect_onnx(case.int8)
+    assert len(summary.quantized) == counts.nodes
+    before, after = counts.ops_before, counts.ops_after
+    assert "QuantizeLinear" not in before
+    assert after["QuantizeLinear"] == counts.activation_quantizers
+    assert after["DequantizeLinear"] == counts.activation_quantizers + counts.nodes
+    for kind in ("Conv", "MatMul", "Gemm"):
+        assert before[kind] == after[kind]
+    assert counts.weight_bytes_after < 0.45 * counts.weight_bytes_before
+    assert case.int8.stat().st_size < 0.6 * case.fp32.stat().st_size  # 4x on real sizes
+
+
+def test_attention_quantises_its_input_once(case: Case) -> None:
+    graph = onnx.load(str(case.int8)).graph
+    readers: Counter[str] = Counter()
+    for node in graph.node:
+        if node.op_type in ("MatMul", "Conv", "Gemm"):
+            readers[node.input[0]] += 1
+    assert max(readers[n.output[0]] for n in graph.node if n.name.endswith("_dq")) >= 3
+    texts = [n for n in graph.node if "encoder_hidden_states" in n.input]
+    assert [n.op_type for n in texts] == ["QuantizeLinear"]  # every cross attention shares it
+    assert case.counts.shared_consumers >= 2 * 3  # q, k, v of three self attentions
+
+
+def test_weights_are_int8_and_on_the_grid(case: Case) -> None:
+    tensors = {
+        t.name: numpy_helper.to_array(t) for t in onnx.load(str(case.int8)).graph.initializer
+    }
+    for name, scale in case.scales.items():
+        weight = quantisable(case.unet, name).weight.numpy()
+        key = f"{name}.weight" if f"{name}.weight_int8" in tensors else f"{name}.weight_transposed"
+        stored = tensors[f"{key}_int8"]
+        assert stored.dtype == np.int8
+        grid = stored.T if key.endswith("transposed") else stored
+        step = scale.weight_scale.reshape(-1, *[1] * (weight.ndim - 1))
+        assert np.abs(grid * step - weight).max() <= 0.5001 * step.max()
+        assert name + ".weight" not in tensors
+
+
+def test_scales_are_shared_at_the_widest_range(case: Case) -> None:
+    scales = dict(case.scales)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    scales[f"{name}.to_k"] = LayerScale(
+        2 * scales[f"{name}.to_q"].input_amax, scales[f"{name}.to_k"].weight_amax
+    )
+    graph, counts = insert_qdq(onnx.load(str(case.fp32)), scales)
+    assert counts.activation_quantizers == case.counts.activation_quantizers
+    tensors = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
+    widest = np.float32(scales[f"{name}.to_k"].input_amax / 127)
+    assert any(t.size == 1 and t == widest for n, t in tensors.items() if n.endswith("_scale"))
+
+
+def test_missing_layers_wrong_shapes_and_second_runs_are_errors(case: Case) -> None:
+    extra = {**case.scales, "mid_block.imaginary": LayerScale(1.0, np.ones(4, np.float32))}
+    with pytest.raises(InvalidArtifact, match="have no node.*mid_block.imaginary"):
+        insert_qdq(onnx.load(str(case.fp32)), extra)
+    name = "mid_block.resnets.0.conv1"
+    with pytest.raises(InvalidArtifact, match=f"{name}.*output channels"):
+        insert_qdq(onnx.load(str(case.fp32)), {name: LayerScale(1.0, np.ones(3, np.float32))})
+    with pytest.raises(HcfError, match="quantised already"):
+        insert_qdq(onnx.load(str(case.int8)), case.scales)
+
+
+def test_openvino_really_runs_int8(case: Case) -> None:
+    import openvino
+
+    core = openvino.Core()
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(str(case.int8), "CPU", options)
+    kinds: Counter[tuple[str, str]] = Counter()
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        kind = str(info["layerType"].astype(str))
+        if kind in ("Convolution", "FullyConnected", "MatMul"):
+            kinds[kind, str(info["runtimePrecision"].astype(str))] += 1
+    in_int8 = sum(n for (kind, precision), n in kinds.items() if precision in ("u8", "i8"))
+    assert in_int8 == case.counts.nodes, kinds
+    assert kinds["Convolution", "f32"] == 2  # conv_in and conv_out
+    inputs = {name: value.numpy() for name, value in graph_inputs(case.calls[0]).items()}
+    found = torch.from_numpy(compiled(inputs)[0])
+    written = graph_runner(case.int8, plain_options())(graph_inputs(case.calls[0]))
+    plain = graph_runner(case.fp32)(graph_inputs(case.calls[0]))
+    assert relative_error(found, plain) < 1.5 * relative_error(written, plain)
+
+
+def test_onnxruntime_form_really_runs_int8(case: Case, tmp_path: Path) -> None:
+    import onnxruntime
+
+    int8 = tmp_path / "model.int8.u8s8.onnx"
+    counts = onnxruntime_form(case.fp32, case.calls, int8, list(case.scales))
+    assert counts["QuantizeLinear"] > 0
+    assert int8.stat().st_size < 0.6 * case.fp32.stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == [int8.name]
+    inputs = graph_inputs(case.calls[0])
+    wanted = graph_runner(case.fp32)(inputs)
+    assert 1e-3 < relative_error(graph_runner(int8)(inputs), wanted) < 0.1
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "runtime.onnx")
+    onnxruntime.InferenceSession(str(int8), options, providers=["CPUExecutionProvider"])
+    kinds = Counter(n.op_type for n in onnx.load(str(tmp_path / "runtime.onnx")).graph.node)
+    convolutions = [n for n in case.scales if quantisable(case.unet, n).weight.ndim == 4]
+    assert kinds["QLinearConv"] == len(convolutions)
+    assert kinds["Conv"] + kinds["FusedConv"] == 2  # conv_in and conv_out
+    with pytest.raises(InvalidArtifact, match="no node"):
+        onnxruntime_form(case.fp32, case.calls, int8, ["mid_block.imaginary"])

@@ -1,0 +1,85 @@
+"""The twin of recipes/quickstart.yaml: every real stage, on a model with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hcf.artifact import read_manifest, verify
+from hcf.errors import GateFailed
+from hcf.recipe import Recipe
+from hcf.run import run_recipe
+
+PROMPTS = ["a red cat", "two blue circles", "a yellow sun", "一只猫"]
+
+
+@pytest.fixture
+def teacher(tiny_folder: Path) -> Path:
+    data = tiny_folder / "hcf_data"
+    data.mkdir()
+    latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(8)
+    save_file({"latents": latents.half(), "row": rows}, str(data / "latents_distill.safetensors"))
+    (data / "captions_distill.json").write_text(json.dumps(PROMPTS * 2))
+    (data / "check_prompts.json").write_text(json.dumps(PROMPTS))
+    return tiny_folder
+
+
+def recipe(teacher: Path, output: Path, psnr_db: float) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "twin",
+            "model": teacher,
+            "output": output,
+            "prompts": PROMPTS,
+            "distill": {"steps": 2, "solver_steps": 4, "train_steps": 3, "batch_size": 4},
+            "quantize": {"calibration_samples": 4, "batch_size": 2},
+            "export": {"components": ["unet"]},
+            "build": {
+                "engines": ["eager", "onnxruntime", "openvino"],
+                "precisions": ["fp32", "int8"],
+                "components": ["unet"],
+                "repeats": 3,
+            },
+            "check": {
+                "baseline": "student",
+                "images": 4,
+                "thresholds": {"psnr_db": {"min": psnr_db}},
+            },
+            "bench": {"pairs": 6, "budget_s": 2},
+            "report": {},
+        }
+    )
+
+
+@pytest.mark.slow
+def test_every_stage_for_real(teacher: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    output = tmp_path / "out"
+    with pytest.raises(GateFailed, match="psnr_db"):
+        run_recipe(recipe(teacher, output, 99.0), log=lines.append)
+    assert not output.exists()
+    result = run_recipe(recipe(teacher, output, 5.0), log=lines.append)
+    reused = {step.step.name for step in result.steps if step.reused}
+    assert reused == {"distill", "quantize", "export", "build"}
+    assert verify(output) == []
+    manifest = read_manifest(output)
+    assert manifest.sampling.steps == 2 and manifest.parents[-1].name == teacher.name
+    assert {entry.engine for entry in manifest.engines["unet"]} == {
+        "eager", "onnxruntime", "openvino",
+    }  # fmt: skip
+    assert manifest.quality["quality"]["passed"] is True
+    assert set(manifest.latency) == {"end_to_end", "student", "denoiser"}
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "twin" in page and "一只猫" in page and "data:image/png" in page
+    assert (output / "grid.png").is_file() and (output / "README.md").is_file()
+    assert result.report == output / "report.html"
+    import hcf
+
+    pipe = hcf.load(output)
+    image = pipe("一只猫", num_inference_steps=2, guidance_scale=1.0).images[0]
+    assert image.size == (16, 16)
