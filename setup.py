@@ -23,5 +23,5 @@ for name, root in ROOTS.items():
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"": ["py.typed", "*.html", "*.css", "*.json", "*.cu", "*.txt"]},
+    package_data={"": ["py.typed", "*.html", "*.jinja", "*.css", "*.json", "*.cu", "*.txt"]},
 )

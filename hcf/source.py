@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ def open_pipeline(path: Path) -> Any:
     check_model_folder(path)
     pipeline = pipeline_class(path)
     try:
-        pipe = pipeline.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
+        with _no_progress_bars():
+            pipe = pipeline.from_pretrained(
+                path, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidArtifact(
             f"{path} cannot be opened as {pipeline.__name__}: {error}",
@@ -64,3 +67,19 @@ def pipeline_class(path: Path) -> Any:
             fix="install the diffusers version the model was saved with",
         )
     return found
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Both libraries draw bars while they read local files, also where nobody watches."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors.torch import save_file
+
 from hcf.distill.consistency import (
     ConsistencyObjective,
     distill,
@@ -14,7 +16,6 @@ from hcf.distill.consistency import (
 )
 from hcf.errors import InvalidArtifact, RecipeError
 from hcf.recipe import DistillConfig
-from safetensors.torch import save_file
 from taiji.presets import MINI_SCHEDULER
 
 
@@ -35,9 +36,7 @@ def test_epsilon_at_zero_terminal_snr_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample"])
 def test_jump_is_a_ddim_step(kind: str) -> None:
-    scheduler = DDIMScheduler(
-        prediction_type=kind, timestep_spacing="trailing", clip_sample=False
-    )
+    scheduler = DDIMScheduler(prediction_type=kind, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(4)
     x_t, prediction = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     expected = scheduler.step(prediction, 749, x_t).prev_sample

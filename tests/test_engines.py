@@ -13,7 +13,13 @@ from hcf.engines import check_precision, machine_kind
 from hcf.engines.build import build, choose, time_interleaved, with_shapes
 from hcf.engines.forms import entry_name, open_entry, open_torch
 from hcf.engines.openvino import OpenVinoEngine
-from hcf.errors import EngineMismatch, HcfError, InvalidArtifact, RecipeError
+from hcf.errors import (
+    EngineMismatch,
+    HcfError,
+    InvalidArtifact,
+    MissingDependency,
+    RecipeError,
+)
 from hcf.export.component import example_inputs, relative_error
 from hcf.recipe import BuildConfig
 from hcf.source import open_pipeline
@@ -170,6 +176,31 @@ def test_shapes_are_repeated_and_cut_along_every_axis() -> None:
     assert changed["sample"].shape == (3, 1, 4, 1) and changed["timestep"].shape == (3,)
     with pytest.raises(RecipeError, match="needed 4 numbers"):
         with_shapes(inputs, {"sample": [3, 1]})
+
+
+@pytest.mark.trt
+def test_tensorrt_plans_are_built_for_a_named_target_and_not_run(
+    tiny_exported: Path, tmp_path: Path
+) -> None:
+    config = BuildConfig(
+        engines=["eager", "tensorrt"],
+        precisions=["fp32", "int8"],
+        components=["unet"],
+        compute_capabilities=["8.0"],
+        opt_shapes={"latents": [1, 4, 8, 8]},
+        repeats=1,
+    )
+    lines: list[str] = []
+    out = build(tiny_exported, tmp_path / "out", config, lines.append)
+    manifest = read_manifest(out)
+    plan = entry_of(manifest, "unet", "tensorrt-int8")
+    assert plan.machine == "sm80" and plan.latency_ms is None and plan.file is not None
+    assert plan.layer_precisions["int8"] == manifest.quantization["unet"]["layers"]
+    assert manifest.chosen["unet"] == "eager-fp32"
+    assert any("not run here" in line for line in lines)
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingDependency, match="needs an NVIDIA GPU"):
+            open_entry(out, "unet", plan, manifest, None, 1)
 
 
 def test_int8_asked_for_and_not_there_is_an_error(tiny_folder: Path, tmp_path: Path) -> None:

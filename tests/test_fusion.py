@@ -1,4 +1,5 @@
 import torch
+
 from taiji.text.fusion import TextFusion
 
 SIZES = {

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
+
 from taiji.diffusion.losses import denoising_loss, diffusion_target, min_snr_weight
 
 

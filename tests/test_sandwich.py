@@ -1,7 +1,8 @@
 import pytest
 import torch
-from taiji.text.sandwich import SandwichTextEncoder, bert_to_sandwich, sublayer_order
 from transformers import BertConfig, BertModel
+
+from taiji.text.sandwich import SandwichTextEncoder, bert_to_sandwich, sublayer_order
 
 TINY = {"vocab_size": 40, "width": 16, "heads": 2, "ffn_width": 32, "max_length": 12}
 

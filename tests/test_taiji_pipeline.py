@@ -14,11 +14,12 @@ from diffusers import (
     LCMScheduler,
     UNet2DConditionModel,
 )
+from transformers import ChineseCLIPConfig, ChineseCLIPModel
+
 from taiji.pipelines import TaijiStableDiffusionPipeline
 from taiji.presets import MINI_SCHEDULER, SD_A_UNET
 from taiji.text import SandwichTextEncoder, TextFusion
 from taiji.text.tokenizer import build_tokenizer
-from transformers import ChineseCLIPConfig, ChineseCLIPModel
 
 
 @pytest.fixture
@@ -90,9 +91,7 @@ def test_batches_repeat_single_images(pipe: Any) -> None:
     prompts = ["红色的猫", "蓝色圆形"]
     seeds = [torch.Generator().manual_seed(i) for i in (1, 2)]
     both = pipe(prompts, generator=seeds, output_type="np").images
-    alone = pipe(
-        prompts[1], generator=torch.Generator().manual_seed(2), output_type="np"
-    ).images
+    alone = pipe(prompts[1], generator=torch.Generator().manual_seed(2), output_type="np").images
     assert np.allclose(both[1], alone[0], atol=1e-4)
     assert len(images(pipe, prompts, num_images_per_prompt=2)) == 4
 

@@ -3,8 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from taiji.train.loop import LoopConfig, learning_rate_scale, run
 from torch import Tensor, nn
+
+from taiji.train.loop import LoopConfig, learning_rate_scale, run
 
 
 class Regression(nn.Module):

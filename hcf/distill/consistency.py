@@ -16,6 +16,7 @@ B batch, C channels, H W latent size. alpha is the cumulative alpha of the noise
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ class ConsistencyObjective(nn.Module):
         return loss, {"mse": error.detach().square().mean().item()}
 
     def guided(self, x_t: Tensor, timestep: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """The teacher's classifier-free guided prediction (B, C, H, W), both branches in one call."""
+        """The teacher's guided prediction (B, C, H, W), both branches in one call."""
         if self.uncond is None:
             return call_denoiser(self.teacher, x_t, timestep, cond).float()
         count = len(x_t)
@@ -181,7 +182,7 @@ def encode_captions(
 
 
 def read_distillation_set(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """`hcf_data/`: scaled latents (N, C, h, w), row (M,), M captions; caption m is of latent row[m].
+    """Scaled latents (N, C, h, w), row (M,), M captions; caption m is of latent row[m].
 
     Raises InvalidArtifact where a file is missing or the two do not fit.
     """
@@ -221,8 +222,7 @@ def distill(model: Path, output: Path, config: DistillConfig, log: Log = print) 
     rows, uncond = encode_captions(pipe, distinct, config.guidance_scale)
     number = {caption: i for i, caption in enumerate(distinct)}
     condition = torch.tensor([number[c] for c in captions])
-    student = type(teacher).from_config(teacher.config)
-    student.load_state_dict(teacher.state_dict())
+    student = copy.deepcopy(teacher).requires_grad_(True)
     objective = ConsistencyObjective(
         student.train(),
         teacher,

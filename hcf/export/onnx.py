@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -70,6 +71,10 @@ def export(model: Path, output: Path, config: ExportConfig, log: Log = print) ->
                     log(f"{component}: {_describe(graph)}, relative error {error:.3f}")
                     records.append(_record(folder, graph, "int8", {"calibration": error}))
             manifest.exports[component] = records
+            # engines of the parent were built from its graphs
+            manifest.engines.pop(component, None)
+            manifest.chosen.pop(component, None)
+            shutil.rmtree(folder / "engines" / component, ignore_errors=True)
         write_manifest(folder, manifest)
     return output
 

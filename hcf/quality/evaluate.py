@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hcf.errors import HcfError
 from hcf.quality.clip_score import CANDIDATES, TOP, ClipZh
 from hcf.quality.features import Floats, Images, check_images, image_features
@@ -113,8 +111,3 @@ def evaluate(
     attempt(("clip_zh", "retrieval_r5"), clip)
     attempt(ASPECTS, rules)
     return Evaluation(values, missing, clip_each, judge_info, tuple(notes))
-
-
-def mean_over(evaluation: Evaluation, positions: Sequence[int]) -> float:
-    """Mean CLIP-zh cosine over some of the prompts, for example those of one split."""
-    return float(np.mean([evaluation.clip_each[i] for i in positions if i in evaluation.clip_each]))

@@ -38,7 +38,7 @@ class Prompt:
 
 
 def load_prompts(source: Sequence[str] | Path) -> list[Prompt]:
-    """Texts, or a JSON file: a list of texts or of {"id", "prompt", "kind", "split", "label", "truth"}.
+    """Texts, or a JSON file of texts or of the fields of `Prompt`, with "prompt" for the text.
 
     Raises RecipeError for a missing or malformed file, no prompts, or an empty prompt.
     """

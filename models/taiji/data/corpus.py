@@ -76,9 +76,7 @@ def choose(rows: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[int]:
     unknown = sorted(set(labels) - {row["label"] for row in rows})
     if unknown:
         raise ValueError(f"no emoji is called {'、'.join(unknown[:5])}; see metadata.parquet")
-    return [
-        i for i, r in enumerate(rows) if r["label"] in labels and r["concept_split"] == "train"
-    ]
+    return [i for i, r in enumerate(rows) if r["label"] in labels and r["concept_split"] == "train"]
 
 
 def load(config: CorpusConfig) -> Corpus:
@@ -92,9 +90,15 @@ def load(config: CorpusConfig) -> Corpus:
     number = {c: i for i, c in enumerate(dict.fromkeys(r["codepoint"] for r in rows))}
     concept = [number[r["codepoint"]] for r in rows]
     drawn = shapes.sample(
-        config.shapes, config.seed, size=config.size, colours=config.colours, shapes=config.kinds,
-        counts=config.counts, relation_share=config.relation_share,
-        texture_share=config.texture_share, split="train",
+        config.shapes,
+        config.seed,
+        size=config.size,
+        colours=config.colours,
+        shapes=config.kinds,
+        counts=config.counts,
+        relation_share=config.relation_share,
+        texture_share=config.texture_share,
+        split="train",
     )
     scenes = tuple(scene for scene, _, _ in drawn)
     texts = {text: len(number) + i for i, text in enumerate(dict.fromkeys(t for _, t, _ in drawn))}

@@ -23,8 +23,8 @@ class ReleaseConfig(BaseModel):
 
     scenes: int = Field(1400, ge=0)
     captions_per_latent: int = Field(3, gt=0)
-    emoji_prompts: int = Field(144, ge=0)
-    shape_prompts: int = Field(112, ge=0)
+    emoji_prompts: int = Field(160, ge=0)
+    shape_prompts: int = Field(96, ge=0)
     seed: int = 0
 
 
@@ -45,7 +45,9 @@ def distillation_captions(
     return positions, captions, row
 
 
-def check_prompts(corpus: Corpus, data: CorpusConfig, config: ReleaseConfig) -> list[dict[str, Any]]:
+def check_prompts(
+    corpus: Corpus, data: CorpusConfig, config: ReleaseConfig
+) -> list[dict[str, Any]]:
     """Trained concepts in every style and in none, and held-out compositions of shapes."""
     rng = Random(config.seed + 1)
     labels = sorted({row["label"] for row in corpus.rows})

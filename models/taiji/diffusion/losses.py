@@ -23,7 +23,7 @@ def min_snr_weight(alphas_cumprod: Tensor, gamma: float, prediction_type: str) -
 def diffusion_target(
     scheduler: DDIMScheduler, x_0: Tensor, eps: Tensor, timestep: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x_0, eps (B, C, H, W), timestep (B,) -> x_t and the target of the scheduler's prediction type"""
+    """x_0, eps (B, C, H, W), timestep (B,) -> x_t, target of the prediction type"""
     x_t = scheduler.add_noise(x_0, eps, timestep)
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":

@@ -26,7 +26,7 @@ from taiji.text.sandwich import SandwichTextEncoder
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
-class TaijiStableDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
+class TaijiStableDiffusionPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "image_clip->text_encoder->fusion->unet->vae"
     _callback_tensor_inputs = ["latents"]
 
@@ -144,7 +144,9 @@ class TaijiStableDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.scheduler.set_timesteps(steps, device=device)
         latents = latents.to(device, context.dtype) * self.scheduler.init_noise_sigma
         accepted = inspect.signature(self.scheduler.step).parameters
-        extra = {k: v for k, v in {"generator": generator, **scheduler_step}.items() if k in accepted}
+        extra = {
+            k: v for k, v in {"generator": generator, **scheduler_step}.items() if k in accepted
+        }
 
         with self.progress_bar(total=steps) as bar:
             for i, timestep in enumerate(self.scheduler.timesteps):

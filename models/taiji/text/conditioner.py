@@ -20,8 +20,13 @@ class TextConditioner(nn.Module):
         self.fusion = fusion
 
     def forward(
-        self, clip_ids: Tensor, clip_mask: Tensor, ids: Tensor, mask: Tensor,
-        keep_clip: Tensor, keep_sandwich: Tensor,
+        self,
+        clip_ids: Tensor,
+        clip_mask: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        keep_clip: Tensor,
+        keep_sandwich: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """ids, masks (B, S1), (B, S2); keep (B,) bool -> context (B, S1+S2, D), pooled (B, P)
 

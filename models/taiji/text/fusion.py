@@ -29,13 +29,13 @@ class AttentionPool(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-        # A row with no kept token softmaxes over equal -1e4 scores: finite, and masked by the caller.
+        # A row with no kept token has equal scores of -1e4: finite, and masked by the caller.
         scores = self.score(x).squeeze(-1).masked_fill(~keep, -1e4)
         weights = scores.softmax(dim=-1)
-        return self.out((weights[..., None] * x).sum(dim=1))  # type: ignore[no-any-return]
+        return self.out((weights[..., None] * x).sum(dim=1))
 
 
-class TextFusion(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class TextFusion(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
@@ -50,7 +50,9 @@ class TextFusion(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.clip_proj = _project(clip_width, context_width)
         self.sandwich_proj = _project(sandwich_width, context_width)
         self.pool = AttentionPool(sandwich_width)
-        self.padding = nn.Parameter(torch.randn(clip_tokens + sandwich_tokens, context_width) * 0.02)
+        self.padding = nn.Parameter(
+            torch.randn(clip_tokens + sandwich_tokens, context_width) * 0.02
+        )
 
     def forward(
         self,
@@ -60,7 +62,7 @@ class TextFusion(ModelMixin, ConfigMixin):  # type: ignore[misc]
         sandwich_hidden: Tensor,
         sandwich_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """clip (B, S1, .), (B, P1), (B, S1); sandwich (B, S2, D2), (B, S2) -> (B, S1+S2, D), (B, P1+D2)
+        """Context (B, S1+S2, D) and pooled (B, P1+D2) of both encoders' states and masks (B, S).
 
         An encoder whose mask is all zero in a row is absent there: its tokens are padding and its
         half of the pooled vector is zero. Both absent is the null condition of guidance.

@@ -34,7 +34,7 @@ class SelfAttention(nn.Module):
             for p in (self.query, self.key, self.value)
         )
         y = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -44,7 +44,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.down(gelu(self.up(x)))  # type: ignore[no-any-return]
+        return self.down(gelu(self.up(x)))
 
 
 class Sublayer(nn.Module):
@@ -58,8 +58,8 @@ class Sublayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.norm_in is None:
-            return self.norm_out(x + self.branch(x, mask))  # type: ignore[no-any-return]
-        return x + self.norm_out(self.branch(self.norm_in(x), mask))  # type: ignore[no-any-return]
+            return self.norm_out(x + self.branch(x, mask))
+        return x + self.norm_out(self.branch(self.norm_in(x), mask))
 
 
 def sublayer_order(layers: int, sandwich_k: int) -> str:
@@ -69,7 +69,7 @@ def sublayer_order(layers: int, sandwich_k: int) -> str:
     return "s" * sandwich_k + "sf" * (layers - sandwich_k) + "f" * sandwich_k
 
 
-class SandwichTextEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class SandwichTextEncoder(ModelMixin, ConfigMixin):
     """input_ids (B, S) int64, attention_mask (B, S) -> hidden states (B, S, D)."""
 
     @register_to_config
@@ -107,7 +107,7 @@ class SandwichTextEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         mask = attention_mask[:, None, None, :].bool()
         for sublayer in self.sublayers:
             x = sublayer(x, mask)
-        return self.final_norm(x)  # type: ignore[no-any-return]
+        return self.final_norm(x)
 
 
 def bert_to_sandwich(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,7 +26,12 @@ def _flatten(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    folder: Path, *, model: nn.Module, shadow: list[Tensor], optimizer: Optimizer, step: int,
+    folder: Path,
+    *,
+    model: nn.Module,
+    shadow: list[Tensor],
+    optimizer: Optimizer,
+    step: int,
     extra: dict[str, Any] | None = None,
 ) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
@@ -64,4 +69,4 @@ def load_checkpoint(
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return json.loads((folder / "state.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((folder / "state.json").read_text())

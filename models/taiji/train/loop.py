@@ -61,7 +61,7 @@ def run(
     folder: Path,
     log: Log = print,
 ) -> dict[str, float]:
-    """Minimises `objective(**batch, generator=g) -> (loss, {name: value})`; leaves EMA weights in it.
+    """Minimises `objective(**batch, generator=g) -> (loss, parts)`; leaves EMA weights in it.
 
     `draw(rng, batch_size)` gives one process's batch. State goes to `folder`/checkpoint and metrics
     to `folder`/log.jsonl; a run that finds a checkpoint there goes on from it. Returns the last
@@ -70,7 +70,10 @@ def run(
     accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True,
+        parameters,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=True,
         betas=(0.9, 0.99),
     )
     ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
@@ -91,8 +94,11 @@ def run(
     def save(step: int) -> None:
         if accelerator.is_main_process:
             save_checkpoint(
-                checkpoint, model=objective, shadow=ema.shadow_params,
-                optimizer=optimizer.optimizer, step=step,
+                checkpoint,
+                model=objective,
+                shadow=ema.shadow_params,
+                optimizer=optimizer.optimizer,
+                step=step,
                 extra={"seconds": spent + time.monotonic() - begun},
             )
 

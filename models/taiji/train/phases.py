@@ -16,14 +16,18 @@ Parts = dict[str, float]
 
 
 class ImageClipObjective(nn.Module):
-    """Symmetric InfoNCE of the two towers; rows that share a caption are positives of each other."""
+    """Symmetric InfoNCE of the two towers; rows of one concept are positives of each other."""
 
     def __init__(self, image_clip: ChineseCLIPModel) -> None:
         super().__init__()
         self.image_clip = image_clip
 
     def forward(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, concept: Tensor,
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        concept: Tensor,
         generator: torch.Generator,
     ) -> tuple[Tensor, Parts]:
         """images (B, 3, H, W), input_ids and attention_mask (B, S), concept (B,) -> loss, parts"""
@@ -60,6 +64,8 @@ class UNetObjective(nn.Module):
         drop_one: float = 0.05,
     ) -> None:
         super().__init__()
+        self.time_ids: Tensor
+        self.alphas_cumprod: Tensor
         self.unet = unet
         self.text = text
         self.text.image_clip.requires_grad_(False)
@@ -69,7 +75,12 @@ class UNetObjective(nn.Module):
         self.gamma, self.drop_both, self.drop_one = gamma, drop_both, drop_one
 
     def forward(
-        self, latents: Tensor, clip_ids: Tensor, clip_mask: Tensor, ids: Tensor, mask: Tensor,
+        self,
+        latents: Tensor,
+        clip_ids: Tensor,
+        clip_mask: Tensor,
+        ids: Tensor,
+        mask: Tensor,
         generator: torch.Generator,
     ) -> tuple[Tensor, Parts]:
         """latents (B, C, H, W) scaled; ids and masks (B, S1), (B, S2) -> loss, parts"""

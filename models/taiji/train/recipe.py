@@ -167,7 +167,10 @@ def unet(recipe: TrainRecipe, corpus: Corpus, log: Log) -> dict[str, float]:
         ids, mask = _tokens(tokenizer, texts, presets.MINI_SANDWICH_TOKENS)
         return {
             "latents": latents[index].float(),
-            "clip_ids": clip_ids, "clip_mask": clip_mask, "ids": ids, "mask": mask,
+            "clip_ids": clip_ids,
+            "clip_mask": clip_mask,
+            "ids": ids,
+            "mask": mask,
         }
 
     objective = UNetObjective(
@@ -198,7 +201,7 @@ def release(recipe: TrainRecipe, corpus: Corpus, log: Log) -> dict[str, float]:
     os.replace(staging, folder / "latents_distill.safetensors")
     _write_text(folder / "captions_distill.json", to_json(captions))
     _write_text(folder / "check_prompts.json", to_json(prompts))
-    log(f"{len(positions)} latents, {len(captions)} captions, {len(prompts)} check prompts in {folder}")
+    log(f"{len(positions)} latents, {len(captions)} captions, {len(prompts)} prompts in {folder}")
     return {"latents": float(len(positions)), "prompts": float(len(prompts))}
 
 
@@ -210,7 +213,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> Tens
         (vae.encode(to_tensor(images[i : i + batch_size])).latent_dist.mean * factor).half()
         for i in range(0, len(images), batch_size)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts).contiguous()
 
 
 def save_pipeline(pipe: TaijiStableDiffusionPipeline, folder: Path) -> None:
@@ -232,7 +235,9 @@ def save_pipeline(pipe: TaijiStableDiffusionPipeline, folder: Path) -> None:
     staging.rmdir()
 
 
-def _tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+def _tokens(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int
+) -> tuple[Tensor, Tensor]:
     batch = tokenizer(
         texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
