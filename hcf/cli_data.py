@@ -68,6 +68,35 @@ def shapes(
     finish(format, str(output), {"output": str(output)})
 
 
+@data.command()
+def judge(
+    emoji: Annotated[Path, typer.Argument(help="What `hcf data build emoji` made.")],
+    output: OutputOption,
+    names: Annotated[
+        Path | None, typer.Option(help="Training recipe whose names are the Frechet reference.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 200,
+    seed: Annotated[int, typer.Option()] = 0,
+    format: FormatOption = Format.human,
+) -> None:
+    """Train the quality judge on other vendors' art than the generator's, and its reference."""
+    from hcf.quality.frechet import REFERENCE_FILE, build_reference
+    from hcf.quality.judge_training import train_judge
+
+    labels = None
+    if names is not None:
+        from taiji.train.recipe import read_recipe
+
+        labels = read_recipe(names).data.labels
+    log = make_log(format)
+    try:
+        accuracy = train_judge(emoji, output, epochs=epochs, seed=seed, log=log)
+        build_reference(emoji, output / REFERENCE_FILE, labels=labels)
+    except FileNotFoundError as error:
+        raise InvalidArtifact(str(error), "hcf data build emoji") from error
+    finish(format, str(output), {"output": str(output), "accuracy": accuracy["unseen"]})
+
+
 def train(
     recipe: Annotated[Path, typer.Argument(help="A file of recipes/train.")],
     set: SetOption = None,

@@ -23,7 +23,7 @@ class ReleaseConfig(BaseModel):
 
     scenes: int = Field(1400, ge=0)
     captions_per_latent: int = Field(3, gt=0)
-    emoji_prompts: int = Field(160, ge=0)
+    emoji_prompts: int = Field(224, ge=0)
     shape_prompts: int = Field(96, ge=0)
     seed: int = 0
 
