@@ -20,8 +20,8 @@ demo: .venv/.installed
 	$(BIN)/hcf run recipes/quickstart.yaml
 
 check: .venv/.installed
-	$(BIN)/ruff check hcf kernels models bench tests setup.py
-	$(BIN)/ruff format --check hcf kernels models bench tests setup.py
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p hcf -p taiji -p hcf_bench
 
 test: .venv/.installed check

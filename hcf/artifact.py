@@ -262,7 +262,7 @@ def clean_leftovers(folder: Path) -> None:
 
 
 def clone_artifact(src: Path, dst: Path) -> Manifest:
-    """Puts the content of model folder `src` into `dst`; its manifest lists `src` as first parent."""
+    """Puts the content of model folder `src` into `dst`, whose manifest lists `src` as parent."""
     src, dst = Path(src), Path(dst)
     dst.mkdir(parents=True, exist_ok=True)
     for file in sorted(src.rglob("*")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,7 +73,7 @@ def judge(
     emoji: Annotated[Path, typer.Argument(help="What `hcf data build emoji` made.")],
     output: OutputOption,
     names: Annotated[
-        Path | None, typer.Option(help="Training recipe whose names are the Frechet reference.")
+        Path | None, typer.Option(help="Training recipe whose art is the Frechet reference.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 200,
     seed: Annotated[int, typer.Option()] = 0,
@@ -83,15 +83,16 @@ def judge(
     from hcf.quality.frechet import REFERENCE_FILE, build_reference
     from hcf.quality.judge_training import train_judge
 
-    labels = None
+    chosen: dict[str, Any] = {}
     if names is not None:
         from taiji.train.recipe import read_recipe
 
-        labels = read_recipe(names).data.labels
+        corpus = read_recipe(names).data
+        chosen = {"labels": corpus.labels, "vendors": corpus.vendors}
     log = make_log(format)
     try:
         accuracy = train_judge(emoji, output, epochs=epochs, seed=seed, log=log)
-        build_reference(emoji, output / REFERENCE_FILE, labels=labels)
+        build_reference(emoji, output / REFERENCE_FILE, **chosen)
     except FileNotFoundError as error:
         raise InvalidArtifact(str(error), "hcf data build emoji") from error
     finish(format, str(output), {"output": str(output), "accuracy": accuracy["unseen"]})

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hcf.artifact import MANIFEST, EngineEntry, Manifest, default_sampling, read_manifest
 from hcf.engines import PRECISIONS, Engine, EngineReport, check_precision
-from hcf.engines.forms import entry_name, open_entry, open_torch
+from hcf.engines.forms import entry_name, open_entry, open_torch, speed
 from hcf.errors import HcfError, RecipeError
 from hcf.export.component import VAE_DECODER, example_inputs
 from hcf.source import open_pipeline
@@ -212,7 +212,7 @@ def pick_entry(
     fits = [
         e
         for e in entries
-        if (e.engine == engine if engine != "auto" else e.latency_ms is not None)
+        if (e.engine == engine if engine != "auto" else e.latency_low_ms is not None)
         and (e.precision == precision if precision else True)
     ]
     if engine == "auto" and precision is None and component in manifest.chosen:
@@ -225,7 +225,7 @@ def pick_entry(
             f"{component}; built are: {there}",
             fix="run `hcf build` with it in build.engines and build.precisions",
         )
-    return min(fits, key=lambda e: e.latency_ms if e.latency_ms is not None else float("inf"))
+    return min(fits, key=speed)
 
 
 def _check_names(engine: str, precision: str | None) -> None:

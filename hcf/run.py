@@ -202,7 +202,7 @@ def _run_steps(
             log(f"[{step.number}/{len(steps)}] {step.name}: finished before, used again")
         else:
             log(f"[{step.number}/{len(steps)}] {step.name}: started")
-            _run_step(step, folder, inputs, stages[step.stage], log)
+            _run_step(recipe.name, step, folder, inputs, stages[step.stage], log)
         seconds = time.monotonic() - started
         if not reused:
             log(f"[{step.number}/{len(steps)}] {step.name}: done in {seconds:.1f} s")
@@ -225,12 +225,19 @@ def _run_steps(
     return RunResult(recipe.output, tuple(results), report)
 
 
-def _run_step(step: Step, folder: Path, inputs: Inputs, stage: Stage, log: Log) -> None:
+def _run_step(run: str, step: Step, folder: Path, inputs: Inputs, stage: Stage, log: Log) -> None:
     started = time.monotonic()
     with staged_folder(folder) as temporary:
         stage(temporary, inputs, step.config, log)
-        if step.makes_artifact and not (temporary / ARTIFACT / MANIFEST).is_file():
-            raise HcfError(f"the stage {step.name} wrote no artefact", "this is a bug: report it")
+        if step.makes_artifact:
+            made = temporary / ARTIFACT
+            if not (made / MANIFEST).is_file():
+                raise HcfError(
+                    f"the stage {step.name} wrote no artefact", "this is a bug: report it"
+                )
+            # lineage reads as teacher <- quickstart-distill <- quickstart-quantize ...
+            named = read_manifest(made).model_copy(update={"name": f"{run}-{step.name}"})
+            save_text(made / MANIFEST, named.model_dump_json(indent=1, exclude_none=True))
         record = {
             "step": step.name,
             "config": step.config.model_dump(mode="json"),
@@ -286,7 +293,9 @@ def _input_hash(path: Path) -> str:
     files = content_hash(path)
     if not (path / MANIFEST).is_file():
         return files
-    manifest = read_manifest(path).model_dump_json(exclude={"created", "environment", "recipe"})
+    manifest = read_manifest(path).model_dump_json(
+        exclude={"name", "created", "environment", "recipe", "parents"}
+    )
     return hashlib.sha256((files + manifest).encode()).hexdigest()
 
 

@@ -96,7 +96,7 @@ def write_run_report(
         save_grid(folder / "grid.png", images, len(prompts), captions=captions)
     card = model_card(
         name=config.name or manifest.name,
-        manifest=facts,
+        manifest={**facts, "parents": facts.get("parents", [])[-1:]},  # the teacher
         rungs=rungs,
         gate=gates,
         speeds=speeds,
@@ -155,7 +155,7 @@ def _rungs(
         rungs.append(
             Rung(
                 name=role,
-                steps=manifest.sampling.steps or 0,
+                steps=manifest.sampling.steps or _default_steps(path),
                 engine=entry.engine if entry else "eager",
                 precision=entry.precision if entry else "fp32",
                 latency_ms=(side.get("latency") or {}).get("p50_ms"),
@@ -169,6 +169,16 @@ def _rungs(
             )
         )
     return rungs
+
+
+def _default_steps(path: Path) -> int:
+    """Steps of a pipeline folder that states none: its class's default."""
+    import inspect
+
+    from hcf.source import pipeline_class
+
+    parameters = inspect.signature(pipeline_class(path).__call__).parameters
+    return int(parameters["num_inference_steps"].default or 0)
 
 
 def _speeds(times: Mapping[str, Mapping[str, Any]], bench: Mapping[str, Any]) -> list[SpeedRow]:

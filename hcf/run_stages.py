@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 DATA = "hcf_data"
 END_TO_END, STUDENT, DENOISER = "end_to_end.json", "student.json", "denoiser.json"
-# hcf_bench's word for a comparison that must not be read: wrong outputs, unequal threads.
-INVALID = "INVALID"
+# Words of hcf_bench's verdict. INVALID must not be read: wrong outputs, unequal threads.
+INVALID, FASTER = "INVALID", "FASTER"
 
 
 def run_distill(folder: Path, inputs: Inputs, config: DistillConfig, log: Log) -> None:
@@ -87,18 +87,15 @@ def run_bench(folder: Path, inputs: Inputs, config: BenchConfig, log: Log) -> No
     write_result(folder / END_TO_END, overall)
     alone = compare_denoisers(result, config, log=log)
     write_result(folder / DENOISER, alone)
-    reasons = [
-        f"bench: {found.workload} is invalid: {found.reason}"
-        for found in (overall, alone)
-        if found.verdict == INVALID
-    ]
-    for found, goal in (
-        (overall, config.min_speedup),
-        (alone, config.min_denoiser_speedup),
-    ):
-        low = found.speedup.low if found.speedup else 0.0
-        if goal is not None and low < goal:
-            reasons.append(f"bench: {found.workload}: {low:.2f}x at least, below {goal:g}x")
+    reasons = []
+    for found, goal in ((overall, config.min_speedup), (alone, config.min_denoiser_speedup)):
+        if found.verdict == INVALID or found.speedup is None:
+            reasons.append(f"bench: {found.workload} is invalid: {found.reason}")
+        elif goal is not None and (found.verdict != FASTER or found.speedup.low < goal):
+            reasons.append(
+                f"bench: {found.workload}: {found.verdict}, {found.speedup.low:.2f}x at least "
+                f"over {found.pairs} pairs, {goal:g}x asked for"
+            )
     save_text(folder / VERDICT, json.dumps({"passed": not reasons, "reasons": reasons}))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hcf.artifact import EngineEntry, Manifest, read_manifest
 from hcf.engines import check_precision, machine_kind
 from hcf.engines.build import build, choose, time_interleaved, with_shapes
-from hcf.engines.forms import entry_name, open_entry, open_torch
+from hcf.engines.forms import entry_name, open_entry, open_torch, speed
 from hcf.engines.openvino import OpenVinoEngine
 from hcf.errors import (
     EngineMismatch,
@@ -61,7 +61,7 @@ def test_reports_count_what_really_runs(tiny_built: Path) -> None:
 def test_the_fastest_is_chosen(tiny_built: Path) -> None:
     manifest = read_manifest(tiny_built)
     for component, entries in manifest.engines.items():
-        fastest = min(entries, key=lambda e: e.latency_ms or 0.0)
+        fastest = min(entries, key=speed)
         assert manifest.chosen[component] == entry_name(fastest)
 
 
@@ -165,7 +165,7 @@ def test_a_fast_engine_with_a_wrong_result_is_not_chosen() -> None:
 def test_rounds_are_interleaved() -> None:
     order: list[str] = []
     samples = time_interleaved([lambda: order.append("a"), lambda: order.append("b")], 3, warmup=0)
-    assert [len(s) for s in samples] == [3, 3]
+    assert all(len(s) >= 3 for s in samples)
     switches = sum(x != y for x, y in zip(order, order[1:], strict=False))
     assert switches >= 4
 

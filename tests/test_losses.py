@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from taiji.diffusion.losses import denoising_loss, diffusion_target, min_snr_weight
+from taiji.train.phases import UNetObjective
 
 
 def test_min_snr_weight_in_closed_form() -> None:
@@ -33,3 +37,16 @@ def test_no_gamma_is_the_plain_mean() -> None:
     alpha = torch.tensor([0.0, 0.9])
     loss = denoising_loss(one, zero, alpha, gamma=None, kind="v_prediction")
     assert loss.item() == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_timesteps_cover_the_schedule_in_no_order_of_the_rows(share: float) -> None:
+    """Rows come sorted by kind: a timestep tied to the row would tie noise to the kind of image."""
+    objective: Any = SimpleNamespace(high_noise_share=share, alphas_cumprod=torch.ones(1000))
+    g = torch.Generator().manual_seed(0)
+    t = torch.stack([UNetObjective.draw_timesteps(objective, 64, g) for _ in range(200)])
+    assert t.min() >= 0 and t.max() <= 999
+    expected = 0.4 * (1 - share) + share
+    assert (t >= 600).float().mean().item() == pytest.approx(expected, abs=0.02)
+    per_row = t.float().mean(0)
+    assert per_row.std() < 40  # 1000 / sqrt(12 * 200) = 20 for rows that are alike

@@ -99,7 +99,8 @@ def test_first_run_does_everything_and_the_next_nothing(tmp_path: Path) -> None:
     assert manifest.name == "demo" and manifest.recipe is not None
     assert manifest.quality == dict.fromkeys(["student", "int8"], {"passed": True, "reasons": []})
     assert manifest.latency == {"end_to_end": {"speedup": 40}}
-    assert [p.name for p in manifest.parents][-1] == "teacher"
+    lineage = [parent.name for parent in manifest.parents]
+    assert lineage == ["demo-export", "demo-quantize", "demo-distill", "teacher"]
     assert (output / "report.html").is_file() and (output / "grid.png").is_file()
     assert {f"{n}.txt" for n in ("distill", "quantize", "export", "build")} < {
         p.name for p in output.iterdir()

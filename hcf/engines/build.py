@@ -29,6 +29,7 @@ from hcf.engines.forms import (
     open_form,
     open_torch,
     source_graph,
+    speed,
 )
 from hcf.errors import HcfError, RecipeError
 from hcf.export.component import example_calls, relative_error
@@ -40,7 +41,7 @@ Log = Callable[[str], None]
 # Relative L2 distance to eager fp32 that rounding explains; more means a wrong graph.
 ERROR_LIMITS = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.3}
 PARITY_STEPS = 4
-SAMPLE_MS = 10.0  # a faster call is repeated within one sample until it takes this long
+TURN_MS = 20.0  # a fast call takes more than one sample in its turn
 
 
 def build(model: Path, output: Path, config: BuildConfig, log: Log = print) -> Path:
@@ -93,7 +94,7 @@ def choose(component: str, entries: Sequence[EngineEntry], engines: Sequence[str
             + ", ".join(f"{e.engine} {e.precision} error {e.error}" for e in entries),
             fix="export again, or quantise fewer layers",
         )
-    best = min(allowed, key=lambda i: entries[i].latency_ms or 0.0)
+    best = min(allowed, key=lambda i: speed(entries[i]))
     baseline = next(e for e in entries if e.engine == "eager" and e.precision == "fp32")
     for index, e in enumerate(entries):
         if e.latency_ms is None or baseline.latency_ms is None:
@@ -118,27 +119,28 @@ def choose(component: str, entries: Sequence[EngineEntry], engines: Sequence[str
 def time_interleaved(
     calls: Sequence[Callable[[], Any]], repeats: int, warmup: int = 2
 ) -> list[list[float]]:
-    """Milliseconds of each call, `repeats` samples, in rounds whose order rotates.
+    """Milliseconds of each call, at least `repeats` samples, in rounds whose order rotates.
 
-    Before each sample the call runs once untimed: the threads of the one before it may still spin.
+    In its turn a call runs once untimed (the threads of the one before it may still spin), then
+    for about `TURN_MS`, every run a sample.
     """
-    inner: list[int] = []
+    runs: list[int] = []
     for call in calls:
         for _ in range(warmup):
             call()
         start = time.perf_counter()
         call()
         took_ms = (time.perf_counter() - start) * 1e3
-        inner.append(max(1, min(20, round(SAMPLE_MS / max(took_ms, 1e-3)))))
+        runs.append(max(1, min(10, round(TURN_MS / max(took_ms, 1e-3)))))
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats):
         for offset in range(len(calls)):
             index = (turn + offset) % len(calls)
             calls[index]()
-            start = time.perf_counter()
-            for _ in range(inner[index]):
+            for _ in range(runs[index]):
+                start = time.perf_counter()
                 calls[index]()
-            samples[index].append((time.perf_counter() - start) * 1e3 / inner[index])
+                samples[index].append((time.perf_counter() - start) * 1e3)
     return samples
 
 

@@ -189,19 +189,25 @@ def load_reference(path: Path) -> Reference:
 
 
 def build_reference(
-    emoji_folder: Path, output: Path, *, labels: Sequence[str] | None = None, size: int = 64
+    emoji_folder: Path,
+    output: Path,
+    *,
+    labels: Sequence[str] | None = None,
+    vendors: Sequence[str] | None = None,
+    size: int = 64,
 ) -> Reference:
-    """Statistics of the generator vendors' art, of all names or `labels`, written to `output`.
+    """Statistics of the generator's art, of all names or `labels`, written to `output`.
 
     Raises FileNotFoundError without a data set, HcfError for too few images.
     """
     from taiji.data import emoji
 
-    images, rows = emoji.load(emoji_folder, size, emoji.GENERATOR_VENDORS)
+    vendors = vendors or emoji.GENERATOR_VENDORS
+    images, rows = emoji.load(emoji_folder, size, vendors)
     wanted = {row["label"] for row in rows} if labels is None else set(labels)
     keep = [i for i, r in enumerate(rows) if r["label"] in wanted and r["concept_split"] == "train"]
     source = {
-        "art": "emoji of " + ", ".join(emoji.GENERATOR_VENDORS),
+        "art": "emoji of " + ", ".join(vendors),
         "names": len({rows[i]["label"] for i in keep}),
         "pixels": size,
     }

@@ -62,6 +62,7 @@ class UNetObjective(nn.Module):
         gamma: float | None = 5.0,
         drop_both: float = 0.1,
         drop_one: float = 0.05,
+        high_noise_share: float = 0.0,
     ) -> None:
         super().__init__()
         self.time_ids: Tensor
@@ -73,6 +74,7 @@ class UNetObjective(nn.Module):
         self.register_buffer("time_ids", time_ids, persistent=False)
         self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.clone(), persistent=False)
         self.gamma, self.drop_both, self.drop_one = gamma, drop_both, drop_one
+        self.high_noise_share = high_noise_share
 
     def forward(
         self,
@@ -89,9 +91,7 @@ class UNetObjective(nn.Module):
         keep_clip = u >= self.drop_both + self.drop_one
         keep_sandwich = (u >= self.drop_both) & (u <= 1 - self.drop_one)
         context, pooled = self.text(clip_ids, clip_mask, ids, mask, keep_clip, keep_sandwich)
-        # Stratified timesteps: one per equal slice of the schedule, so a batch's loss varies less.
-        slices = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        timestep = (slices * len(self.alphas_cumprod)).long().to(latents.device)
+        timestep = self.draw_timesteps(count, generator).to(latents.device)
         eps = torch.randn(latents.shape, generator=generator).to(latents.device)
         x_t, target = diffusion_target(self.scheduler, latents, eps, timestep)
         condition = {"text_embeds": pooled, "time_ids": self.time_ids.expand(count, -1)}
@@ -102,3 +102,17 @@ class UNetObjective(nn.Module):
         )
         mse = (prediction.detach().float() - target).square().mean().item()
         return loss, {"mse": mse}
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) int64, one per equal slice of the schedule so that a batch's loss varies less.
+
+        A share `high_noise_share` is spread over the noisiest two fifths alone. The slices are
+        shuffled: a batch's rows are in the order of their kinds.
+        """
+        high = round(count * self.high_noise_share)
+        slices = torch.cat([torch.arange(n) / n for n in (count - high, high) if n])
+        widths = torch.cat([torch.full((n,), 1 / n) for n in (count - high, high) if n])
+        u = slices + widths * torch.rand(count, generator=generator)
+        u[count - high :] = 0.6 + 0.4 * u[count - high :]
+        u = u[torch.randperm(count, generator=generator)]
+        return (u * len(self.alphas_cumprod)).long().clamp(max=len(self.alphas_cumprod) - 1)

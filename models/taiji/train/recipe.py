@@ -46,6 +46,7 @@ class TrainRecipe(BaseModel):
     emoji_share: float = Field(0.6, ge=0, le=1)
     kl_weight: float = 1e-5
     min_snr_gamma: float | None = 5.0
+    high_noise_share: float = Field(0.0, ge=0, lt=1)
 
 
 def read_recipe(path: Path, overrides: dict[str, Any] | None = None) -> TrainRecipe:
@@ -179,6 +180,7 @@ def unet(recipe: TrainRecipe, corpus: Corpus, log: Log) -> dict[str, float]:
         scheduler,
         torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32),
         gamma=recipe.min_snr_gamma,
+        high_noise_share=recipe.high_noise_share,
     )
     metrics = run(objective, draw, recipe.loop, recipe.work, log)
     pipe = TaijiStableDiffusionPipeline(
