@@ -18,8 +18,8 @@ from hcf.export.component import graph_inputs, relative_error
 from hcf.export.inspect import inspect_onnx
 from hcf.export.onnx import export_component, graph_runner
 from hcf.export.passes import QdqCounts, insert_qdq
+from hcf.export.u8s8 import onnxruntime_form
 from hcf.quantize.int8 import choose_layers
-from hcf.quantize.onnxruntime import onnxruntime_form
 from hcf.quantize.ranges import calibrate_scales
 from hcf.quantize.report import fake_quantized, quantisable
 from hcf.quantize.scales import LayerScale

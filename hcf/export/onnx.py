@@ -140,8 +140,8 @@ def _export_int8(
     import onnxruntime
 
     from hcf.export.passes import insert_qdq
+    from hcf.export.u8s8 import onnxruntime_form
     from hcf.quantize.calibrate import CALIBRATION_FILE, load_calibration, spread
-    from hcf.quantize.onnxruntime import onnxruntime_form
     from hcf.quantize.report import fake_quantized
     from hcf.quantize.scales import SCALES_FILE, read_scales
 

@@ -7,7 +7,7 @@ For each quantised Conv / MatMul / Gemm:
     (O,), zero point 0
 
 TensorRT and OpenVINO recognise this shape and run the node on INT8 arithmetic; ONNX Runtime runs it
-too, as floats between the pairs (its CPU kernels want the u8s8 form of `hcf.quantize.onnxruntime`).
+too, as floats between the pairs (its CPU kernels want the u8s8 form of `hcf.export.u8s8`).
 Weights are stored as INT8, a quarter of the file. Activations quantised once are shared by all
 their consumers (q, k, v of attention).
 """

@@ -72,7 +72,9 @@ def train(path: Path, overrides: dict[str, Any] | None = None, log: Log = print)
     history = recipe.model / "training.json"
     runs = json.loads(history.read_text()) if history.exists() else {}
     runs[recipe.phase] = {
-        "recipe": recipe.model_dump(mode="json", exclude={"model", "work"}),
+        "recipe": recipe.model_dump(
+            mode="json", exclude={"model": True, "work": True, "data": {"emoji"}}
+        ),
         "metrics": metrics,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
