@@ -40,13 +40,15 @@ class Config(BaseModel):
 class DistillConfig(Config):
     """Teacher into a student of `steps` steps, its guidance scale folded in.
 
-    `solver_steps` is the teacher's grid, cut into `steps` phases; `precision` that of training.
+    `solver_steps` is the teacher's grid, cut into `steps` phases; the teacher goes `skip` of its
+    points per target; `precision` is that of training.
     """
 
     method: Literal["consistency"] = "consistency"
     steps: int = Field(4, gt=0)
     guidance_scale: float = Field(3.0, ge=1)
     solver_steps: int = Field(48, gt=0)
+    skip: int = Field(1, gt=0)
     train_steps: int = Field(1000, gt=0)
     batch_size: int = Field(64, gt=0)
     learning_rate: float = Field(2e-4, gt=0)

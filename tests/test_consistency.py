@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,24 @@ def prepare(folder: Path) -> None:
     )
     captions = json.dumps(["cat" if i % 2 else "dog" for i in range(12)])
     (folder / "hcf_data" / "captions_distill.json").write_text(captions)
+
+
+def test_a_skip_of_a_whole_phase_has_the_teachers_solution_as_target(tiny_pipeline: Any) -> None:
+    """The loss does not depend on the student's own later predictions then."""
+    schedule = solver_schedule(tiny_pipeline.scheduler, solver_steps=6, steps=2)
+    cond = {"encoder_hidden_states": torch.randn(8, 16, 32)}
+    latents = torch.randn(8, 4, 8, 8)
+    calls: list[int] = []
+    student = copy.deepcopy(tiny_pipeline.unet)
+    student.register_forward_hook(lambda *_: calls.append(1))
+    for skip, expected in ((3, 1), (1, 2)):
+        objective = ConsistencyObjective(
+            student, tiny_pipeline.unet, schedule, guidance_scale=1.0, huber_c=1e-3, uncond=None,
+            skip=skip,
+        )  # fmt: skip
+        calls.clear()
+        loss, _ = objective(latents, torch.Generator().manual_seed(0), **cond)
+        assert len(calls) == expected and torch.isfinite(loss)
 
 
 def test_distilled_folder_is_an_ordinary_few_step_pipeline(

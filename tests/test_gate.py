@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from hcf.quality.rules import rule_accuracy
 from hcf.quality.sampling import Prompt, choose_prompts, generate_images, load_prompts
 from hcf.recipe import CheckConfig, Threshold
 from taiji.data import shapes
+from taiji.data.shapes import Group, Scene, render
 
 
 def config(thresholds: dict[str, dict[str, float]] | None = None, **given: Any) -> CheckConfig:
@@ -158,6 +160,14 @@ def test_rule_accuracy_of_true_scenes_and_of_a_blank_page() -> None:
     assert min(rule_accuracy(images, truths).values()) >= 0.9
     blank = np.full_like(images, 255)
     assert rule_accuracy(blank, truths)["colour"] == 0
+
+
+def test_two_objects_count_as_a_pair_and_not_as_colour_or_shape() -> None:
+    pair = Scene((Group("red", "circle"), Group("blue", "star")), "left")
+    image = render(pair, 64, Random(0))[None]
+    assert rule_accuracy(image, [pair.truth()]) == {"pair": 1.0, "position": 1.0}
+    swapped = Scene((Group("blue", "circle"), Group("red", "star")), "left")
+    assert rule_accuracy(image, [swapped.truth()])["pair"] == 0
 
 
 def test_prompts_of_all_forms_and_empty_ones(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 The student starts from the teacher. Its N steps cut the teacher's probability-flow ODE into N
 phases; within a phase it learns to jump from any solver point t straight to the phase's end s
 (phased consistency: Wang et al., "Phased Consistency Models", arXiv 2405.18407; N = 1 is latent
-consistency distillation, Luo et al., arXiv 2310.04378). One guided DDIM step of the teacher,
-t -> u, gives
+consistency distillation, Luo et al., arXiv 2310.04378). `skip` guided DDIM steps of the teacher,
+t -> u, give
 
     loss = d(f(x_t, t -> s), sg f(x_u, u -> s)),   f(x_u, u -> s) = x_u at u = s,
 
 so guidance costs nothing at sampling, and sampling is N plain DDIM steps: the student is an
-ordinary diffusers pipeline with a DDIM scheduler. Guidance is one number, not an embedding.
+ordinary diffusers pipeline with a DDIM scheduler. Guidance is one number, not an embedding. With
+`skip` a whole phase the target is the teacher's own solution, exact and dear; with 1 it is mostly
+the student's, cheap and slow to settle.
 
 B batch, C channels, H W latent size. alpha is the cumulative alpha of the noise schedule.
 """
@@ -117,6 +119,7 @@ class ConsistencyObjective(nn.Module):
         guidance_scale: float,
         huber_c: float,
         uncond: Mapping[str, Tensor] | None,
+        skip: int = 1,
     ) -> None:
         super().__init__()
         self.student = student
@@ -125,6 +128,7 @@ class ConsistencyObjective(nn.Module):
         self.guidance_scale = guidance_scale
         self.huber_c = huber_c
         self.uncond = uncond
+        self.skip = skip
 
     def forward(
         self, latents: Tensor, generator: torch.Generator, **cond: Tensor
@@ -135,19 +139,24 @@ class ConsistencyObjective(nn.Module):
         index = torch.randint(len(grid.timesteps), (count,), generator=generator)
         first = torch.rand(count, generator=generator) < 0.5
         length = int(grid.edge[0])
-        index = torch.where(first, index // length * length, index)
+        index = torch.where(first, index // length * length, index // self.skip * self.skip)
         eps = torch.randn(latents.shape, generator=generator)
-        alpha_t, alpha_u = grid.alpha[index], grid.alpha[index + 1]
-        edge = grid.edge[index]
-        alpha_s = grid.alpha[edge]
+        alpha_t, edge, ahead = grid.alpha[index], grid.edge[index], index + self.skip
+        alpha_u, alpha_s = grid.alpha[ahead], grid.alpha[edge]
         x_t = _column(alpha_t.sqrt()) * latents + _column((1 - alpha_t).sqrt()) * eps
         with torch.no_grad():
-            guided = self.guided(x_t, grid.timesteps[index], cond)
-            x_u = jump(guided, x_t, alpha_t, alpha_u, grid.prediction_type)
-            ahead = (index + 1).clamp(max=len(grid.timesteps) - 1)
-            prediction = call_denoiser(self.student, x_u, grid.timesteps[ahead], cond).float()
-            x_s = jump(prediction, x_u, alpha_u, alpha_s, grid.prediction_type)
-            target = torch.where(_column(index + 1 == edge), x_u, x_s)
+            target = x_t
+            for i in range(self.skip):
+                guided = self.guided(target, grid.timesteps[index + i], cond)
+                levels = grid.alpha[index + i], grid.alpha[index + i + 1]
+                target = jump(guided, target, *levels, grid.prediction_type)
+            rest = ahead < edge  # rows whose phase goes on after u
+            if rest.any():
+                own = {k: v[rest] for k, v in cond.items()}
+                x_u, at = target[rest], grid.timesteps[ahead[rest]]
+                prediction = call_denoiser(self.student, x_u, at, own).float()
+                levels = alpha_u[rest], alpha_s[rest]
+                target[rest] = jump(prediction, x_u, *levels, grid.prediction_type)
         prediction = call_denoiser(self.student, x_t, grid.timesteps[index], cond).float()
         student = jump(prediction, x_t, alpha_t, alpha_s, grid.prediction_type)
         # In units of the network's output: a late short jump counts as much as an early long one.
@@ -218,6 +227,12 @@ def distill(model: Path, output: Path, config: DistillConfig, log: Log = print) 
     teacher: nn.Module = getattr(pipe, name)
     latents, row, captions = read_distillation_set(model)
     schedule = solver_schedule(pipe.scheduler, config.solver_steps, config.steps)
+    if (config.solver_steps // config.steps) % config.skip:
+        raise RecipeError(
+            f"distill.skip={config.skip} does not divide the {config.solver_steps // config.steps} "
+            "solver steps of a phase",
+            fix=f"use skip=1 or skip={config.solver_steps // config.steps}",
+        )
     distinct = list(dict.fromkeys(captions))
     rows, uncond = encode_captions(pipe, distinct, config.guidance_scale)
     number = {caption: i for i, caption in enumerate(distinct)}
@@ -230,6 +245,7 @@ def distill(model: Path, output: Path, config: DistillConfig, log: Log = print) 
         guidance_scale=config.guidance_scale,
         huber_c=config.huber_c,
         uncond=uncond,
+        skip=config.skip,
     )
 
     def draw(rng: np.random.Generator, count: int) -> dict[str, Tensor]:

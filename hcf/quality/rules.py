@@ -1,5 +1,10 @@
 """Rule accuracy: does an image of the shapes world show the colour, shape, count and position asked
-for? Exact, without a learned part. N images, H W pixels."""
+for? Exact, without a learned part. N images, H W pixels.
+
+Colour, shape and count are asked of scenes with one group of equal objects. In a scene of two
+objects the question is which attribute belongs to which: `pair` (both objects are as asked) and
+`position` (they stand as asked) are counted there, and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ import numpy.typing as npt
 from hcf.errors import HcfError
 from hcf.quality.features import Images, check_images
 
-ASPECTS = ("colour", "shape", "count", "position")
+ASPECTS = ("colour", "shape", "count", "pair", "position")
 
 
 def rule_hits(
@@ -33,9 +38,12 @@ def rule_hits(
             scores = rule_judge.judge(image, dict(truth))
         except ValueError as error:
             raise HcfError(f"truth {i} is no scene: {error}", "see `Scene.truth`") from error
-        for aspect in ASPECTS:
-            right = scores[aspect]
-            hits[aspect][i] = np.nan if right is None else float(right)
+        if truth["relation"] is None:
+            for aspect in ("colour", "shape", "count"):
+                hits[aspect][i] = float(bool(scores[aspect]))
+        else:
+            hits["pair"][i] = float(bool(scores["colour"] and scores["shape"]))
+            hits["position"][i] = float(bool(scores["position"]))
     return hits
 
 

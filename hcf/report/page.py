@@ -34,6 +34,7 @@ METRIC_LABELS = {
     "colour": ("colour right (rule judge)", 3),
     "shape": ("shape right (rule judge)", 3),
     "count": ("count right (rule judge)", 3),
+    "pair": ("both objects right (rule judge)", 3),
     "position": ("position right (rule judge)", 3),
 }
 # A layer below this SQNR loses more than well behaved INT8 layers do (25 to 45 dB).

@@ -92,6 +92,8 @@ MINI_UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": MINI_CLIP_PROJECTION + 192 + 6 * 32,
 }
 
+MINI_GUIDANCE = 2.0
+
 # v-prediction with zero terminal SNR (Lin et al., arXiv 2305.08891): emoji stand on white, and a
 # schedule that leaks the mean brightness at t = T cannot start from pure noise.
 MINI_SCHEDULER: dict[str, Any] = {

@@ -186,7 +186,14 @@ def unet(recipe: TrainRecipe, corpus: Corpus, log: Log) -> dict[str, float]:
     )
     metrics = run(objective, draw, recipe.loop, recipe.work, log)
     pipe = TaijiStableDiffusionPipeline(
-        tokenizer, clip, text_encoder, fusion, model, vae, scheduler
+        tokenizer,
+        clip,
+        text_encoder,
+        fusion,
+        model,
+        vae,
+        scheduler,
+        default_guidance_scale=presets.MINI_GUIDANCE,
     )
     save_pipeline(pipe, recipe.model)
     return metrics
