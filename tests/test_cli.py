@@ -206,3 +206,9 @@ def test_signals_unwind_and_leave_nothing(tmp_path: Path, sent: signal.Signals, 
     os.kill(process.pid, sent)
     assert process.wait(20) == code
     assert list(tmp_path.iterdir()) == []
+
+
+def test_judge_without_a_data_set_says_how_to_make_one(hcf: Hcf, tmp_path: Path) -> None:
+    code, _, err = hcf("data", "judge", tmp_path / "none", "-o", tmp_path / "judge")
+    assert code == 5 and "hcf data build emoji" in err
+    assert not (tmp_path / "judge").exists()
