@@ -62,7 +62,7 @@ def measurement(ms: float, seed: int = 0, **environment: Any) -> Measurement:
 def test_a_clear_ratio_is_decided_at_the_first_look() -> None:
     found = interleave(sampler(40.0, 0.02, 0), sampler(1.0, 0.02, 1), pairs=8)
     assert found.verdict is Verdict.FASTER
-    assert len(found.baseline_ms) == len(found.candidate_ms) == 8
+    assert len(found.baseline) == len(found.candidate) == 8
     assert found.statistics.speedup.value == pytest.approx(40.0, rel=0.05)
     assert found.statistics.speedup.low <= found.statistics.speedup.value
 
@@ -71,7 +71,7 @@ def test_more_pairs_are_taken_until_decided() -> None:
     settings: dict[str, Any] = {"pairs": 8, "threshold": 0.01, "most_pairs": 4000}
     slower = interleave(sampler(1.0, 0.05, 0), sampler(1.05, 0.05, 1), **settings)
     assert slower.verdict is Verdict.SLOWER
-    assert 8 < len(slower.baseline_ms) < 4000
+    assert 8 < len(slower.baseline) < 4000
     same = interleave(sampler(1.0, 0.02, 2), sampler(1.0, 0.02, 3), **settings)
     assert same.verdict is Verdict.SAME
     assert same.decision_confidence > 0.95
@@ -80,10 +80,10 @@ def test_more_pairs_are_taken_until_decided() -> None:
 def test_a_spent_budget_leaves_it_undecided() -> None:
     found = interleave(sampler(1.0, 0.3, 0), sampler(1.0, 0.3, 1), pairs=8, most_pairs=12)
     assert found.verdict is Verdict.UNDECIDED
-    assert len(found.baseline_ms) == 12
+    assert len(found.baseline) == 12
     short = interleave(sampler(9.0, 0.01, 0), sampler(1.0, 0.01, 1), pairs=8, budget_s=0.0)
     assert short.verdict is Verdict.UNDECIDED  # one pair cannot carry an interval
-    assert len(short.baseline_ms) == 1
+    assert len(short.baseline) == 1
 
 
 def test_the_same_against_itself_raises_no_false_alarm() -> None:

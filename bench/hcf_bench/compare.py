@@ -7,6 +7,7 @@ Both sides get the same prompts, the same noise and the same number of threads.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from hcf.artifact import MANIFEST, Sampling, default_sampling, read_manifest
 from hcf.errors import HcfError, InvalidArtifact
+from hcf_bench.clocks import Sample
 from hcf_bench.environment import read_environment
 from hcf_bench.pairs import SETTLE_S, Subject, compare_subjects, output_distance, output_problems
 from hcf_bench.results import (
@@ -127,6 +129,7 @@ def compare_pipelines(
         threads: for both sides; engines were loaded with the same number.
     """
     batches = _batches(prompts, config.batch)
+    device = str(getattr(baseline, "device", "cpu"))
     stages: dict[str, list[StagedRun]] = {name: [] for name in ("baseline", "candidate")}
     sides = dict(zip(stages, (baseline, candidate), strict=True))
     settings = dict(zip(stages, sampling, strict=True))
@@ -137,12 +140,20 @@ def compare_pipelines(
         )
 
     def subject(side: str, name: str, content_hash: str) -> Subject:
+        def sample(index: int) -> Sample:
+            used = time.process_time_ns()
+            run = staged(side, index)
+            used = time.process_time_ns() - used
+            stages[side].append(dataclasses.replace(run, images=None))
+            return Sample(run.total_ms, used / 1e6 if device == "cpu" else None)
+
         return Subject(
             name,
             lambda index: staged(side, index).images,
             content_hash=content_hash,
             sampling=sampling_arguments(settings[side]),
             engines=_as_rows(getattr(sides[side], "hcf_report", ())),
+            sample=sample,
         )
 
     subjects = [
@@ -150,13 +161,6 @@ def compare_pipelines(
         for i, side in enumerate(("baseline", "candidate"))
     ]
 
-    def sample(asked: Subject, index: int) -> float:
-        side = "baseline" if asked is subjects[0] else "candidate"
-        run = staged(side, index)
-        stages[side].append(dataclasses.replace(run, images=None))
-        return run.total_ms
-
-    device = str(getattr(baseline, "device", "cpu"))
     with torch_threads(threads) as used:
         found = compare_subjects(
             subjects[0],
@@ -166,7 +170,6 @@ def compare_pipelines(
             settle_s=SETTLE_S,
             device=device,
             threads=used,
-            sample=sample,
             **_settings(config),
         )
     if not stages["baseline"] or not stages["candidate"]:

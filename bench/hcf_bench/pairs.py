@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from hcf_bench.clocks import CONTENDED, Sample, Usage, contention, read_usage, sample_call
 from hcf_bench.environment import Environment, read_environment
 from hcf_bench.results import Bounds, Comparison, Latency, Side
 from hcf_bench.statistics import (
@@ -27,8 +28,9 @@ from hcf_bench.statistics import (
     decide,
     look_confidence,
     pair_statistics,
+    percentile,
 )
-from hcf_bench.timing import Clock, collection_paused, time_once
+from hcf_bench.timing import Clock, collection_paused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,32 +40,54 @@ if TYPE_CHECKING:
 SETTLE_S = 0.05
 GROWTH = 1.5  # pairs at the next look, relative to this one
 MOST_PAIRS = 10_000
+# A call shorter than the time between two interrupts either ran undisturbed or did not, and what
+# disturbs only adds time: of a few such calls the shortest is what the code costs (Chen and Revels,
+# arXiv 1608.04295). Longer calls are all disturbed alike, and one of each makes a pair.
+SHORT_MS = 1.0
+SHORT_CALLS = 4
 
 Log = Callable[[str], None]
-Sampler = Callable[[int], float]
+Sampler = Callable[[int], float | Sample]
+UsageReader = Callable[[], Usage | None]
 
 
 @dataclass(frozen=True)
 class PairedTimes:
-    """What the interleaved loop measured; entry i of both sides is one pair, milliseconds."""
+    """What the interleaved loop measured: every call of both sides, in order.
 
-    baseline_ms: tuple[float, ...]
-    candidate_ms: tuple[float, ...]
+    `calls` of each side make one pair, whose value is the shortest of them.
+    `statistics` are on the clock that decided, "wall" or "cpu"; `wall` are those of the wall clock,
+    whichever decided.
+    """
+
+    baseline: tuple[Sample, ...]
+    candidate: tuple[Sample, ...]
     statistics: PairStatistics
+    wall: PairStatistics
     verdict: Verdict
     decision_confidence: float
+    clock: Literal["wall", "cpu"]
+    contention: float | None
     spent_s: float
+    calls: int = 1
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One side before it is timed: `run(i)` does the work of pair i and returns its output."""
+    """One side before it is timed: `run(i)` does the work of pair i and returns its output.
+
+    `sample(i)` times pair i where that is not simply the time of `run`; `usage` reads the process
+    the work is done in, where that is not this one; `first_ms` is the cold call, if it was timed.
+    """
 
     name: str
     run: Callable[[int], Any]
     content_hash: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)
     engines: tuple[dict[str, Any], ...] = ()
+    sample: Sampler | None = None
+    usage: UsageReader = read_usage
+    first_ms: float | None = None
 
 
 def interleave(
@@ -77,8 +101,14 @@ def interleave(
     floor_ms: float = 0.0,
     most_pairs: int = MOST_PAIRS,
     settle_s: float = 0.0,
+    usage: tuple[UsageReader, ...] = (read_usage,),
+    calls: int = 1,
 ) -> PairedTimes:
     """Takes pairs until the verdict is decided, the budget is spent or `most_pairs` are taken.
+
+    Decides on the wall clock, or on processor time where the samples carry it and more than
+    `CONTENDED` of the time went to waiting for a processor. The choice looks at the waiting alone,
+    never at the ratios.
 
     Args:
         baseline: times pair i of the baseline and returns milliseconds.
@@ -90,40 +120,86 @@ def interleave(
         floor_ms: absolute change that matters, milliseconds.
         most_pairs: upper bound of pairs.
         settle_s: pause before each sample.
+        usage: readers of the processes that do the work.
+        calls: of each side in a pair, see `calls_per_pair`.
     """
-    if pairs < 1:
-        raise ValueError(f"pairs must be at least 1, not {pairs}")
-    times: tuple[list[float], list[float]] = ([], [])
+    if pairs < 1 or calls < 1:
+        raise ValueError(f"pairs and calls must be at least 1, not {pairs} and {calls}")
+    times: tuple[list[Sample], list[Sample]] = ([], [])
     samplers = (baseline, candidate)
     orders = _abba(seed)
     look, next_look = 1, max(pairs, FEWEST_PAIRS)
     with collection_paused():
+        before = [read() for read in usage]
         started = time.perf_counter()
         while True:
-            index = len(times[0])
-            for side in next(orders):
-                if settle_s > 0.0:
-                    time.sleep(settle_s)
-                times[side].append(samplers[side](index))
+            index = len(times[0]) // calls
+            for _ in range(calls):
+                for side in next(orders):
+                    if settle_s > 0.0:
+                        time.sleep(settle_s)
+                    found = samplers[side](index)
+                    times[side].append(found if isinstance(found, Sample) else Sample(float(found)))
             spent = time.perf_counter() - started
             taken = index + 1
             over = spent >= budget_s or taken >= most_pairs
             if taken < next_look and not over:
                 continue
             confidence = look_confidence(look)
-            seen = pair_statistics(times[0], times[1], seed=seed, confidence=confidence)
+            waiting = _contention(before, [read() for read in usage])
+            clock = _deciding_clock(times, waiting)
+            seen = pair_statistics(*_on(clock, times, calls), seed=seed, confidence=confidence)
             verdict = decide(seen, threshold=threshold, floor_ms=floor_ms)
             if over or verdict is not Verdict.UNDECIDED:
                 break
             look, next_look = look + 1, int(np.ceil(next_look * GROWTH))
+    statistics = pair_statistics(*_on(clock, times, calls), seed=seed)
     return PairedTimes(
-        tuple(times[0]),
-        tuple(times[1]),
-        pair_statistics(times[0], times[1], seed=seed, confidence=CONFIDENCE),
-        verdict,
-        confidence,
-        spent,
+        baseline=tuple(times[0]),
+        candidate=tuple(times[1]),
+        statistics=statistics,
+        wall=statistics
+        if clock == "wall"
+        else pair_statistics(*_on("wall", times, calls), seed=seed),
+        verdict=verdict,
+        decision_confidence=confidence,
+        clock=clock,
+        contention=waiting,
+        spent_s=spent,
+        calls=calls,
     )
+
+
+def calls_per_pair(typical_ms: float) -> int:
+    """Calls of each side that make a pair, from how long one takes."""
+    return SHORT_CALLS if typical_ms < SHORT_MS else 1
+
+
+def _contention(before: Sequence[Usage | None], after: Sequence[Usage | None]) -> float | None:
+    """The largest share of waiting of any process; None where none could be read."""
+    shares = [contention(a, b) for a, b in zip(before, after, strict=True)]
+    return max((share for share in shares if share is not None), default=None)
+
+
+def _deciding_clock(
+    times: tuple[list[Sample], list[Sample]], waiting: float | None
+) -> Literal["wall", "cpu"]:
+    if waiting is None or waiting <= CONTENDED:
+        return "wall"
+    # a side whose work is done elsewhere (a GPU, another process) uses next to no time of its own
+    both = all(s.cpu_ms and s.cpu_ms > 0.0 for side in times for s in side)
+    return "cpu" if both else "wall"
+
+
+def _on(
+    clock: Literal["wall", "cpu"], times: tuple[list[Sample], list[Sample]], calls: int
+) -> tuple[list[float], list[float]]:
+    """Both sides' pairs on one clock, milliseconds: the shortest of each pair's calls."""
+    sides = []
+    for side in times:
+        values = [s.wall_ms if clock == "wall" else s.cpu_ms or 0.0 for s in side]
+        sides.append([min(values[i : i + calls]) for i in range(0, len(values), calls)])
+    return sides[0], sides[1]
 
 
 def compare_subjects(
@@ -141,7 +217,6 @@ def compare_subjects(
     device: str = "cpu",
     clock: Clock = "host",
     threads: int | None = None,
-    sample: Callable[[Subject, int], float] | None = None,
     fidelity: Callable[[Any, Any], dict[str, float]] | None = None,
     environment: Environment | None = None,
     notes: tuple[str, ...] = (),
@@ -155,29 +230,32 @@ def compare_subjects(
         warmup: calls of each side after the first that do not count.
         device, clock: see `time_once`.
         threads: that both sides were given; written into the fingerprint.
-        sample: times one call in milliseconds where that is not simply the time of `run`.
         fidelity: distances between the two first outputs, kept with the result.
         environment: fingerprint read before; read here by default.
         notes: sentences kept with the result.
     """
     env = environment or read_environment(threads)
 
-    def timed(subject: Subject, index: int) -> float:
-        if sample is not None:
-            return sample(subject, index)
-        return time_once(lambda: subject.run(index), device, clock)
+    def timed(subject: Subject, index: int) -> float | Sample:
+        if subject.sample is not None:
+            return subject.sample(index)
+        return sample_call(lambda: subject.run(index), device, clock)
 
     def comparison(verdict: Verdict, reason: str, found: PairedTimes | None) -> Comparison:
         sides = []
         for number, subject in enumerate((baseline, candidate)):
-            times = (found.baseline_ms, found.candidate_ms)[number] if found else ()
+            times = (found.baseline, found.candidate)[number] if found else ()
+            used = [s.cpu_ms for s in times if s.cpu_ms is not None]
             sides.append(
                 Side(
                     name=subject.name,
                     content_hash=subject.content_hash,
                     sampling=dict(subject.sampling),
                     engines=subject.engines,
-                    latency=Latency.of(times, first_ms[number]) if times else None,
+                    latency=Latency.of([s.wall_ms for s in times], first_ms[number])
+                    if times
+                    else None,
+                    cpu_p50_ms=percentile(used, 50) if used and min(used) > 0.0 else None,
                 )
             )
         return Comparison(
@@ -191,6 +269,11 @@ def compare_subjects(
             saved_ms=Bounds.of(found.statistics.saved_ms) if found else None,
             pairs=found.statistics.pairs if found else 0,
             decision_confidence=found.decision_confidence if found else CONFIDENCE,
+            clock="device" if clock == "device" else found.clock if found else "wall",
+            contention=None
+            if not found or found.contention is None
+            else round(found.contention, 4),
+            speedup_wall=Bounds.of(found.wall.speedup) if found else None,
             threshold=threshold,
             floor_ms=floor_ms,
             fidelity=distances,
@@ -205,7 +288,8 @@ def compare_subjects(
     outputs: list[Any] = []
     for subject in (baseline, candidate):
         kept: list[Any] = []
-        first_ms.append(time_once(partial(_keep, kept, subject), device))
+        cold = sample_call(partial(_keep, kept, subject), device).wall_ms
+        first_ms.append(cold if subject.first_ms is None else subject.first_ms)
         outputs.append(kept[0])
     problems = output_problems(outputs[0], outputs[1])
     problems += unequal_threads((baseline, candidate), threads)
@@ -217,6 +301,7 @@ def compare_subjects(
     for _ in range(warmup):
         baseline.run(0)
         candidate.run(0)
+    typical_ms = max(_wall_ms(timed(side, 0)) for side in (baseline, candidate))
     found = interleave(
         lambda i: timed(baseline, i),
         lambda i: timed(candidate, i),
@@ -226,8 +311,14 @@ def compare_subjects(
         threshold=threshold,
         floor_ms=floor_ms,
         settle_s=settle_s,
+        usage=tuple(dict.fromkeys((baseline.usage, candidate.usage))),
+        calls=calls_per_pair(typical_ms) if settle_s == 0.0 else 1,
     )
     return comparison(found.verdict, explain(found, threshold, floor_ms), found)
+
+
+def _wall_ms(found: float | Sample) -> float:
+    return found.wall_ms if isinstance(found, Sample) else float(found)
 
 
 def _keep(kept: list[Any], subject: Subject) -> None:
@@ -239,6 +330,11 @@ def explain(found: PairedTimes, threshold: float, floor_ms: float) -> str:
     s, taken = found.statistics.speedup, found.statistics.pairs
     margin = f"{threshold:.1%}" + (f" and {floor_ms:g} ms" if floor_ms else "")
     interval = f"[{s.low:.4g}, {s.high:.4g}] over {taken} interleaved pairs"
+    if found.clock == "cpu":
+        interval += (
+            f" of processor time (other work kept the threads waiting "
+            f"{found.contention or 0.0:.0%} of the time)"
+        )
     if found.verdict is Verdict.UNDECIDED:
         if taken < FEWEST_PAIRS:
             return f"only {taken} pairs fitted the budget; a 95 % interval needs {FEWEST_PAIRS}"

@@ -87,7 +87,11 @@ class Stages(BaseModel):
 
 
 class Side(BaseModel):
-    """One side of a comparison, or the subject of a single measurement."""
+    """One side of a comparison, or the subject of a single measurement.
+
+    `latency` is the wall clock's, whichever clock decided; `cpu_p50_ms` the median of the processor
+    time one call used, over all threads.
+    """
 
     model_config = STRICT
 
@@ -96,6 +100,7 @@ class Side(BaseModel):
     sampling: dict[str, float] = Field(default_factory=dict)
     engines: tuple[dict[str, Any], ...] = ()
     latency: Latency | None = None
+    cpu_p50_ms: float | None = None
     stages: Stages | None = None
 
 
@@ -129,6 +134,10 @@ class Comparison(BaseModel):
     saved_ms: Bounds | None = None
     pairs: int = 0
     decision_confidence: float = CONFIDENCE
+    # "wall", or "cpu" where other work kept the threads waiting, or "device"
+    clock: Literal["wall", "cpu", "device"] = "wall"
+    contention: float | None = None
+    speedup_wall: Bounds | None = None
     threshold: float
     floor_ms: float
     fidelity: dict[str, float] = Field(default_factory=dict)
@@ -145,7 +154,8 @@ class Comparison(BaseModel):
         return (
             f"{self.workload}: {self.verdict}, {self.candidate.name} is {s.value:.3g}x "
             f"[{s.low:.3g}, {s.high:.3g}] as fast as {self.baseline.name} "
-            f"({'interleaved pairs' if self.paired else 'unpaired'}: {self.pairs})"
+            f"({'interleaved pairs' if self.paired else 'unpaired'}: {self.pairs}"
+            f"{', processor time' if self.clock == 'cpu' else ''})"
         )
 
 

@@ -1,0 +1,190 @@
+"""Comparisons whose truth is known: the same against itself, and against 2 % more work.
+
+A gate is worth what it does on a busy machine, so both are run beside a synthetic load. Every
+comparison builds both sides anew, in memory of their own, as two real models would be: where
+buffers happen to lie can change a time by more than noise does. The slower side does more of the
+same work, so its slowdown is real whatever the machine does.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hcf_bench.clocks import Sample, sample_call
+from hcf_bench.pairs import PairedTimes, calls_per_pair, interleave
+from hcf_bench.records import SelfTest
+from hcf_bench.statistics import Verdict
+from hcf_bench.timing import torch_threads
+
+Log = Callable[[str], None]
+
+BLOCKS = 50
+CHANNELS, SIZE = 16, 8
+# Bounds of the whole test: 200 comparisons each, at most these errors.
+MOST_FALSE_ALARMS = 0.005
+LEAST_CAUGHT = 0.99
+MOST_UNDECIDED = 0.05
+MOST_SECONDS = 300.0
+
+SPIN = "while True: pass"
+STREAM = "a = bytearray(1 << 26); b = bytes(1 << 26)\nwhile True: a[:] = b"
+
+
+@dataclass(frozen=True)
+class SelfTestConfig:
+    """`comparisons` of each kind, each within `budget_s`; `load` processes compete for the cores.
+
+    `processes` is 1 (both sides in this process) or 2 (a process each, taking turns).
+    """
+
+    comparisons: int = 200
+    slowdown: float = 0.02
+    threshold: float = 0.01
+    load: int = 4
+    budget_s: float = MOST_SECONDS
+    threads: int = 1
+    processes: int = 1
+    blocks: int = BLOCKS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.comparisons < 1 or self.load < 0 or self.processes not in (1, 2):
+            raise ValueError(
+                f"comparisons must be >= 1, load >= 0 and processes 1 or 2, not "
+                f"{self.comparisons}, {self.load} and {self.processes}"
+            )
+        if not 0.0 < self.threshold < self.slowdown:
+            raise ValueError(
+                f"a slowdown of {self.slowdown:g} cannot pass a threshold of {self.threshold:g}; "
+                "the threshold must lie between 0 and the slowdown"
+            )
+
+
+class Blocks(nn.Module):
+    """x (1, C, S, S) -> the same after `blocks` times convolution and SiLU, as in a U-Net."""
+
+    def __init__(self, blocks: int, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(4))
+        self.register_buffer("x", torch.randn(1, CHANNELS, SIZE, SIZE))
+        self.blocks = blocks
+        self.requires_grad_(False)
+
+    def forward(self) -> Tensor:
+        x: Tensor = self.x  # type: ignore[assignment]
+        for i in range(self.blocks):
+            x = nn.functional.silu(self.convs[i % 4](x))
+        return x
+
+
+def run_selftest(config: SelfTestConfig, log: Log = print) -> tuple[SelfTest, SelfTest]:
+    """The same against itself, then against `slowdown` more work; both under the load."""
+    with torch_threads(config.threads), synthetic_load(config.load):
+        same = _comparisons("same", 0.0, config, log)
+        slower = _comparisons("slower", config.slowdown, config, log)
+    return same, slower
+
+
+def failures(tests: tuple[SelfTest, ...] | list[SelfTest], *, allowance: int = 0) -> list[str]:
+    """Bounds that were missed, in words. `allowance` more errors pass: for shortened forms."""
+    found = []
+    for t in tests:
+        if t.slowdown == 0.0:
+            most = int(MOST_FALSE_ALARMS * t.comparisons) + allowance
+            if t.alarms > most:
+                found.append(f"{t.alarms} false alarms in {t.comparisons}, at most {most} allowed")
+        else:
+            least = int(np.ceil(LEAST_CAUGHT * t.comparisons)) - allowance
+            if t.right < least:
+                found.append(
+                    f"{t.right} of {t.comparisons} slowdowns of {t.slowdown:.1%} caught, "
+                    f"at least {least} wanted"
+                )
+        most = int(MOST_UNDECIDED * t.comparisons) + allowance
+        if t.undecided > most:
+            found.append(f"{t.name}: {t.undecided} of {t.comparisons} undecided, at most {most}")
+        if t.seconds_max > MOST_SECONDS * 1.05:
+            found.append(f"{t.name}: a comparison took {t.seconds_max:.0f} s")
+    return found
+
+
+@contextmanager
+def synthetic_load(processes: int) -> Iterator[None]:
+    """Keeps processes busy inside: every other one computes, the rest stream memory."""
+    with ExitStack() as stack:
+        for number in range(processes):
+            code = SPIN if number % 2 == 0 else STREAM
+            worker = subprocess.Popen([sys.executable, "-c", code])
+            stack.callback(worker.wait)
+            stack.callback(worker.kill)
+        if processes:
+            time.sleep(1.0)  # until they run
+        yield
+
+
+def _comparisons(name: str, slowdown: float, config: SelfTestConfig, log: Log) -> SelfTest:
+    found: list[PairedTimes] = []
+    started = time.perf_counter()
+    for number in range(config.comparisons):
+        found.append(_compare(slowdown, config, config.seed + number))
+        if (number + 1) % max(1, config.comparisons // 10) == 0:
+            verdicts = [f.verdict for f in found]
+            counts = ", ".join(f"{v} {verdicts.count(v)}" for v in Verdict if v in verdicts)
+            log(f"{name}: {number + 1} of {config.comparisons}: {counts}")
+    verdicts = [f.verdict for f in found]
+    seconds = [f.spent_s for f in found]
+    expected = Verdict.SAME if slowdown == 0.0 else Verdict.SLOWER
+    waiting = [f.contention for f in found if f.contention is not None]
+    log(
+        f"{name}: {time.perf_counter() - started:.0f} s, a comparison "
+        f"{np.median(seconds):.1f} s, waiting {np.median(waiting or [0.0]):.0%}, "
+        f"ratio {np.median([f.statistics.speedup.value for f in found]):.4f}"
+    )
+    return SelfTest(
+        name=name,
+        slowdown=slowdown,
+        comparisons=len(found),
+        alarms=sum(v in (Verdict.FASTER, Verdict.SLOWER) for v in verdicts)
+        if slowdown == 0.0
+        else 0,
+        right=verdicts.count(expected),
+        undecided=verdicts.count(Verdict.UNDECIDED),
+        pairs_p50=float(np.median([f.statistics.pairs for f in found])),
+        seconds_p50=round(float(np.median(seconds)), 3),
+        seconds_max=round(max(seconds), 3),
+        load=config.load,
+        processes=config.processes,
+    )
+
+
+def _compare(slowdown: float, config: SelfTestConfig, seed: int) -> PairedTimes:
+    slower = round(config.blocks * (1.0 + slowdown))
+    modules = (Blocks(config.blocks, seed), Blocks(slower, seed))
+    for module in modules:
+        for _ in range(3):
+            module()
+    samplers = [_sampler(module) for module in modules]
+    return interleave(
+        samplers[0],
+        samplers[1],
+        pairs=16,
+        budget_s=config.budget_s,
+        seed=seed,
+        threshold=config.threshold,
+        calls=calls_per_pair(min(samplers[0](i).wall_ms for i in range(5))),
+    )
+
+
+def _sampler(module: nn.Module) -> Callable[[int], Sample]:
+    return lambda _: sample_call(module)

@@ -1,0 +1,330 @@
+"""Peers on a tiny U-Net: what they compute, what they say they are, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hcf.artifact import Sampling
+from hcf.errors import HcfError, InvalidArtifact, RecipeError
+from hcf_bench.peers import PEERS, Peer, PeerOptions, find_peer, sqnr_db
+from hcf_bench.peers.deepcache import DeepCache
+from hcf_bench.peers.onnx_graph import export_graph, graph_name
+from hcf_bench.stages import run_staged
+from hcf_bench.workloads import DTYPES, Case, DenoiseForward, Workload
+
+THREADS = 1
+TINY = Workload("tiny/unet", "module", "tiny", "unet", 1)
+EXPORTED = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16", "openvino-int8",
+            "openvino-int8-bf16")  # fmt: skip
+ON_CPU = [name for name, peer in PEERS.items() if "cpu" in peer.devices]
+ON_GPU = [name for name, peer in PEERS.items() if "cuda" in peer.devices]
+UNCOMPILED = ("eager", "eager-bf16", *EXPORTED, "deepcache-3", "deepcache-3-bf16")
+
+
+def unet_case(pipe: Any, dtype: str = "fp32") -> Case:
+    generator = torch.Generator().manual_seed(1)
+    sample, text = (torch.randn(s, generator=generator) for s in ((1, 4, 8, 8), (1, 16, 32)))
+    kind = DTYPES[dtype]
+    inputs = {
+        "sample": sample.to(kind),
+        "timestep": torch.full((1,), 501.0),
+        "encoder_hidden_states": text.to(kind),
+    }
+    return Case(TINY, DenoiseForward(pipe.unet.to(kind)), inputs)
+
+
+class Small(nn.Module):
+    """A convolution and two linear layers: torch.compile takes seconds for them, not minutes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 16, 3, padding=1)
+        self.up = nn.Linear(16, 32)
+        self.down = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.up(self.conv(x).flatten(2).transpose(1, 2))))
+
+
+class Breaking(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 0:  # depends on data: no one graph
+            return x
+        return super().forward(x)
+
+
+def small_case(module: nn.Module, dtype: str = "fp32") -> Case:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter.requires_grad_(False), std=0.1)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    return Case(TINY, module.to(DTYPES[dtype]).eval(), {"x": x.to(DTYPES[dtype])})
+
+
+@pytest.fixture(autouse=True)
+def restored_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the peers of the same case: it is exported once."""
+    return tmp_path_factory.mktemp("peers")
+
+
+def runs_here(peer: Peer) -> bool:
+    """Whether this machine has what the peer needs; all that may be missing is bf16."""
+    reason = peer.missing("cpu")
+    assert reason == "" or (peer.name.endswith("bf16") and "no bf16 arithmetic" in reason)
+    return reason == ""
+
+
+@pytest.mark.parametrize("name", UNCOMPILED)
+def test_computes_and_reports_what_was_asked(
+    name: str, tiny_pipeline: Any, shared_folder: Path
+) -> None:
+    peer = find_peer(name)
+    if not runs_here(peer):
+        return
+    wanted = unet_case(tiny_pipeline).run()
+    case = unet_case(tiny_pipeline, peer.dtype)
+    prepared = peer.prepare(case, PeerOptions("cpu", THREADS, shared_folder))
+    found = torch.as_tensor(prepared.run())
+    assert found.shape == wanted.shape
+    assert sqnr_db(wanted, found) >= peer.min_sqnr_db
+    assert torch.equal(found, torch.as_tensor(prepared.run()))
+    report = prepared.report
+    assert report["threads"] == THREADS
+    assert report["version"] and report["provider"]
+    precision = report["precision"]
+    # all 83 layers of the tiny U-Net, and none in another precision
+    assert report["layer_precisions"] == {precision: 83}
+    assert precision in name or name in ("eager", "onnxruntime", "openvino", "deepcache-3")
+
+
+@pytest.mark.parametrize("name", ["compile", "compile-bf16"])
+def test_compiles_one_graph(name: str, tmp_path: Path) -> None:
+    peer = find_peer(name)
+    if not runs_here(peer):
+        return
+    wanted = small_case(Small()).run()
+    case = small_case(Small(), peer.dtype)
+    prepared = peer.prepare(case, PeerOptions("cpu", THREADS, tmp_path))
+    assert sqnr_db(wanted, prepared.run()) >= peer.min_sqnr_db
+    report = prepared.report
+    assert report["fullgraph"] and report["mode"] == "default"
+    assert report["memory_format"] == "channels_last"
+    assert report["layer_precisions"] == {peer.dtype: 3}
+
+
+def test_a_graph_break_is_an_error(tmp_path: Path) -> None:
+    prepared = find_peer("compile").prepare(
+        small_case(Breaking()), PeerOptions("cpu", THREADS, tmp_path)
+    )
+    with pytest.raises(HcfError, match="one graph of tiny/unet"):
+        prepared.run()
+
+
+@pytest.mark.parametrize("name", [name for name in ON_CPU if "deepcache" not in name])
+def test_nan_weights_are_not_hidden(name: str, tmp_path: Path) -> None:
+    peer = find_peer(name)
+    if not runs_here(peer):
+        return
+    case = small_case(Small(), peer.dtype)
+    case.module.get_parameter("up.weight")[3, 5] = math.nan
+    try:
+        output = peer.prepare(case, PeerOptions("cpu", THREADS, tmp_path)).run()
+    except InvalidArtifact as error:
+        assert "up.weight is not finite" in error.message
+    else:
+        assert torch.as_tensor(output).isnan().any()
+
+
+def test_nan_weights_pass_through_deepcache(tiny_pipeline: Any, tmp_path: Path) -> None:
+    case = unet_case(tiny_pipeline)
+    case.module.get_parameter("unet.mid_block.resnets.0.conv1.weight")[0, 0, 0, 0] = math.nan
+    prepared = find_peer("deepcache-3").prepare(case, PeerOptions("cpu", THREADS, tmp_path))
+    assert prepared.run().isnan().any()
+    assert math.isnan(prepared.report["shallow_sqnr_db"])
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_gpu_peers_say_why_they_are_missing(name: str) -> None:
+    reason = find_peer(name).missing("cuda")
+    if torch.cuda.is_available():
+        assert reason == "" or "pip install" in reason or "capability" in reason
+    else:
+        assert reason == "no CUDA device: torch finds none"
+    if "cpu" not in find_peer(name).devices:
+        assert find_peer(name).missing("cpu") == "runs on cuda, not on cpu"
+
+
+def test_missing_package_names_the_line_that_installs_it() -> None:
+    from hcf_bench.peers import import_package, installed, missing_unless
+
+    absent = missing_unless(("cpu",), installed("no_such_runtime", "no-such-runtime>=2"))
+    assert absent("cpu") == "no_such_runtime is not installed: pip install 'no-such-runtime>=2'"
+    with pytest.raises(HcfError, match="pip install 'no-such-runtime>=2'"):
+        import_package("no_such_runtime", "no-such-runtime>=2")
+
+
+def test_unknown_peer_offers_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean openvino-int8"):
+        find_peer("openvino-int4")
+
+
+def test_every_peer_is_complete() -> None:
+    for name, peer in PEERS.items():
+        assert peer.name == name
+        assert peer.dtype in DTYPES
+        assert set(peer.devices) <= {"cpu", "cuda"} and peer.devices
+        assert set(peer.kinds) <= {"kernel", "module", "pipeline"}
+        assert ("pipeline" in peer.kinds) == (peer.prepare_pipeline is not None)
+
+
+def test_the_same_weights_share_a_graph_and_others_do_not(
+    tiny_pipeline: Any, tmp_path: Path
+) -> None:
+    case = unet_case(tiny_pipeline)
+    first = graph_name(case)
+    assert first.startswith("tiny-unet-float32-b1-")
+    assert graph_name(unet_case(tiny_pipeline)) == first
+    case.module.get_parameter("unet.conv_in.weight")[0] += 1
+    assert graph_name(case) != first
+    small = small_case(Small())
+    path = export_graph(small, tmp_path)
+    written = path.stat().st_mtime_ns
+    assert export_graph(small, tmp_path) == path and path.stat().st_mtime_ns == written
+    assert [part.name for part in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_cuda_providers_graph_computes_the_same(tiny_pipeline: Any, tmp_path: Path) -> None:
+    import onnxruntime
+
+    case = unet_case(tiny_pipeline)
+    path = export_graph(case, tmp_path, for_cuda_provider=True)
+    model = onnx.load(str(path))
+    operators = [node.op_type for node in model.graph.node]
+    assert operators.count("MultiHeadAttention") == 8
+    assert not {"Attention", "GroupNormalization", "Softmax"} & set(operators)
+    assert model.ir_version == 10
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == 20
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feed = {name: tensor.numpy() for name, tensor in case.inputs.items()}
+    assert sqnr_db(case.run(), torch.from_numpy(session.run(None, feed)[0])) > 60
+
+
+def test_int8_says_what_the_rest_runs_in(tiny_pipeline: Any, shared_folder: Path) -> None:
+    options = PeerOptions("cpu", THREADS, shared_folder)
+    for name, rest in (("openvino-int8", "fp32"), ("openvino-int8-bf16", "bf16")):
+        peer = find_peer(name)
+        if runs_here(peer):
+            report = peer.prepare(unet_case(tiny_pipeline), options).report
+            assert report["rest_runs_in"] == rest
+            assert "random" in report["notes"]
+
+
+def test_full_steps_of_deepcache_are_the_unets_own(tiny_pipeline: Any) -> None:
+    case = unet_case(tiny_pipeline)
+    arguments = [*case.inputs.values()]
+    with torch.no_grad():
+        wanted = tiny_pipeline.unet(*arguments, return_dict=False)[0]
+        cache = DeepCache(tiny_pipeline.unet, interval=2)
+        full = cache.forward(*arguments, return_dict=False)[0]
+        shallow = cache.forward(*arguments, return_dict=False)[0]
+        assert torch.equal(full, wanted)
+        # on the very inputs it was cached at, a shallow step computes the same
+        assert torch.equal(shallow, wanted)
+        later = [arguments[0], arguments[1] - 40, arguments[2]]
+        again = cache.forward(*later, return_dict=False)[0]
+        moved = cache.forward(*arguments, return_dict=False)[0]
+        assert torch.equal(again, cache.full(*later, return_dict=False)[0])
+        assert not torch.equal(moved, wanted) and sqnr_db(wanted, moved) > 5
+
+
+def test_shallow_steps_do_less(tiny_pipeline: Any) -> None:
+    arguments = [*unet_case(tiny_pipeline).inputs.values()]
+    cache = DeepCache(tiny_pipeline.unet, interval=2)
+    flops = []
+    for _ in range(2):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            cache.forward(*arguments, return_dict=False)
+        flops.append(counter.get_total_flops())
+    assert 0 < flops[1] < 0.4 * flops[0]
+
+
+def test_deepcache_takes_xl_unets(tiny_xl_pipeline: Any) -> None:
+    unet = tiny_xl_pipeline.unet
+    arguments = [torch.randn(1, 4, 8, 8), torch.tensor([501.0]), torch.randn(1, 16, 32)]
+    added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.ones(1, 6)}
+    with torch.no_grad():
+        wanted = unet(*arguments, added_cond_kwargs=added).sample
+        cache = DeepCache(unet)
+        for _ in range(2):
+            assert torch.equal(cache.forward(*arguments, added_cond_kwargs=added).sample, wanted)
+
+
+def test_deepcache_refuses_what_is_no_unet(tiny_pipeline: Any, tmp_path: Path) -> None:
+    with pytest.raises(HcfError, match="needs a UNet2DConditionModel, not a AutoencoderKL"):
+        DeepCache(tiny_pipeline.vae)
+    with pytest.raises(HcfError, match="tiny/unet is none"):
+        find_peer("deepcache-3").prepare(small_case(Small()), PeerOptions("cpu", 1, tmp_path))
+    with pytest.raises(HcfError, match="before any full one"):
+        DeepCache(tiny_pipeline.unet).shallow(
+            *unet_case(tiny_pipeline).inputs.values(), return_dict=False
+        )
+
+
+def test_deepcache_starts_afresh_with_each_image(tiny_pipeline: Any, tmp_path: Path) -> None:
+    sampling = Sampling(steps=4, guidance_scale=1.0)
+    plain = run_staged(tiny_pipeline, ["red cat"], sampling, seed=0).images
+    prepare = find_peer("deepcache-3").prepare_pipeline
+    assert prepare is not None
+    report = prepare(tiny_pipeline, PeerOptions("cpu", THREADS, tmp_path))
+    assert report["interval"] == 3 and report["layer_precisions"]["unet"] == {"fp32": 83}
+    first = run_staged(tiny_pipeline, ["red cat"], sampling, seed=0)
+    second = run_staged(tiny_pipeline, ["red cat"], sampling, seed=0)
+    assert first.denoiser_calls == 4
+    assert torch.equal(first.images, second.images)
+    assert not torch.equal(first.images, plain)
+    one_step = Sampling(steps=1, guidance_scale=1.0)
+    cached = run_staged(tiny_pipeline, ["red cat"], one_step, seed=0).images
+    del tiny_pipeline.unet.forward
+    assert torch.equal(cached, run_staged(tiny_pipeline, ["red cat"], one_step, seed=0).images)
+
+
+@pytest.mark.parametrize("name", ["eager", "eager-bf16"])
+def test_eager_pipelines_run_as_built(name: str, tiny_pipeline: Any, tmp_path: Path) -> None:
+    peer = find_peer(name)
+    if not runs_here(peer):
+        return
+    tiny_pipeline.to(DTYPES[peer.dtype])
+    assert peer.prepare_pipeline is not None
+    report = peer.prepare_pipeline(tiny_pipeline, PeerOptions("cpu", THREADS, tmp_path))
+    assert report["layer_precisions"]["unet"] == {peer.dtype: 83}
+    assert set(report["layer_precisions"]) == {"unet", "vae", "text_encoder"}
+    run = run_staged(tiny_pipeline, ["red cat"], Sampling(steps=2, guidance_scale=1.0), seed=0)
+    assert torch.isfinite(run.images).all()
+
+
+@pytest.mark.slow
+def test_compiled_pipeline_computes_the_same(tiny_pipeline: Any, tmp_path: Path) -> None:
+    sampling = Sampling(steps=2, guidance_scale=1.0)
+    wanted = run_staged(tiny_pipeline, ["red cat"], sampling, seed=0).images
+    prepare = find_peer("compile").prepare_pipeline
+    assert prepare is not None
+    report = prepare(tiny_pipeline, PeerOptions("cpu", THREADS, tmp_path))
+    found = run_staged(tiny_pipeline, ["red cat"], sampling, seed=0).images
+    assert report["fullgraph"]
+    assert sqnr_db(wanted, found) > 60
