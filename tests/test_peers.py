@@ -225,14 +225,18 @@ def test_the_cuda_providers_graph_computes_the_same(tiny_pipeline: Any, tmp_path
     assert sqnr_db(case.run(), torch.from_numpy(session.run(None, feed)[0])) > 60
 
 
-def test_int8_says_what_the_rest_runs_in(tiny_pipeline: Any, shared_folder: Path) -> None:
-    options = PeerOptions("cpu", THREADS, shared_folder)
-    for name, rest in (("openvino-int8", "fp32"), ("openvino-int8-bf16", "bf16")):
-        peer = find_peer(name)
-        if runs_here(peer):
-            report = peer.prepare(unet_case(tiny_pipeline), options).report
-            assert report["rest_runs_in"] == rest
-            assert "random" in report["notes"]
+@pytest.mark.parametrize(
+    ("name", "rest"), [("openvino-int8", "fp32"), ("openvino-int8-bf16", "bf16")]
+)
+def test_int8_says_what_the_rest_runs_in(
+    name: str, rest: str, tiny_pipeline: Any, shared_folder: Path
+) -> None:
+    peer = find_peer(name)
+    if runs_here(peer):
+        options = PeerOptions("cpu", THREADS, shared_folder)
+        report = peer.prepare(unet_case(tiny_pipeline), options).report
+        assert report["rest_runs_in"] == rest
+        assert "random" in report["notes"]
 
 
 def test_full_steps_of_deepcache_are_the_unets_own(tiny_pipeline: Any) -> None:

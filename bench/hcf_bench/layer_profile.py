@@ -3,13 +3,14 @@
 A layer is a module that computes something itself: the innermost module around at least one counted
 op. Its time is the time inside it less the time inside the layers nested in it, so nothing counts
 twice: an attention module keeps its core, its projections are layers of their own; a residual
-block keeps its sum. What no layer explains (the top module's own ops, gaps between launches, the
-tracing itself) is "(outside layers)": the untraced total less all layers. It is below zero where
-tracing slows the layers by more than that.
+block keeps its sum. What no layer explains (the top module's own ops, gaps between launches) is
+"(outside layers)": the untraced total less all layers. It also takes up the tracing, which can push
+it below zero, and noise: medians of layers add up to less than the median of a noisy total.
 
 Tracing marks the entry and the exit of every layer, on a GPU by events on its stream. An event
-costs the GPU a microsecond or two, so that layers of a few microseconds look slower than they are;
-launches are queued ahead, so the host's part is not in the layers. Compiled modules run no hooks.
+costs the GPU a microsecond or two, so that layers of a few microseconds look slower than they are.
+Launches are queued ahead as far as the queue goes (about 1000), which keeps the host's part out of
+the layers. Compiled modules run no hooks.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from statistics import median
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from hcf_bench.opcount import OpCost, count_workload
@@ -169,8 +171,6 @@ class _Trace:
         self.owners.append(self.stack[-1] if self.stack else -1)
 
     def _record_event(self) -> None:
-        import torch
-
         number = len(self.owners)
         if number == len(self.events):
             self.events.append(torch.cuda.Event(enable_timing=True))
@@ -219,7 +219,8 @@ def _timed_runs(
 
 
 def _traced_run(case: Case, layers: Sequence[nn.Module], trace: _Trace) -> dict[int, float]:
-    with _hooked(layers, trace):
+    current = torch.cuda.device(trace.device) if trace.on_gpu else nullcontext()
+    with current, _hooked(layers, trace):
         trace.begin()
         case.run()
         return trace.end()
@@ -278,12 +279,14 @@ def _layer_time(
 
 
 def _summed(name: str, kind: str, layers: Sequence[LayerTime]) -> LayerTime:
+    ms = sum(layer.time_ms for layer in layers)
+    floor = sum(layer.floor_ms for layer in layers)
     return LayerTime(
         name=name,
         kind=kind,
-        time_ms=round(sum(layer.time_ms for layer in layers), 6),
-        floor_ms=round(sum(layer.floor_ms for layer in layers), 6),
-        excess_ms=round(sum(layer.excess_ms for layer in layers), 6),
+        time_ms=round(ms, 6),
+        floor_ms=round(floor, 6),
+        excess_ms=round(ms - floor, 6),
         tflop=sum(layer.tflop for layer in layers),
         gbyte=sum(layer.gbyte for layer in layers),
     )

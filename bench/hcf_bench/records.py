@@ -70,6 +70,7 @@ class Row(BaseModel):
     speedup: Bounds | None = None
     pairs: int = 0
     verdict: Verdict | None = None
+    clock: Literal["wall", "cpu", "device"] = "wall"
     fidelity: dict[str, float] = Field(default_factory=dict)
     engine: dict[str, Any] = Field(default_factory=dict)
 

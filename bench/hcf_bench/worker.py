@@ -4,9 +4,9 @@ Two runtimes in one process take each other's cores, a crash ends both, and a ha
 So each peer, each commit and each artefact of a comparison gets a process; `remote.py` starts it,
 asks, and stops it. The first line says what to build, the answer to it that it is ready:
 
-    {"kind": "peer", "workload": "sd15/unet", "peer": "eager", ...}  -> {"ready": ...}
-    {"do": "sample", "index": 3}                                      -> {"wall_ms": ..., "cpu_ms": ...}
-    {"do": "output", "path": "y.npy"}                                 -> {}
+    {"kind": "peer", "workload": "sd15/unet", "peer": "eager"}  -> {"ready": {...}}
+    {"do": "sample", "index": 3}                                -> {"wall_ms": 9.1, "cpu_ms": 9.0}
+    {"do": "output", "path": "y.npy"}                           -> {}
 
 Libraries print as they like: their output goes to stderr, the answers to the real stdout.
 """
@@ -30,6 +30,7 @@ from hcf.errors import HcfError, MissingDependency
 
 Kind = Literal["peer", "artifact", "blocks", "ceilings", "profile", "fault"]
 WARMUP = 2
+COLD_CALLS = 20  # a sample of a kernel is the median of so many calls with an empty cache
 PR_SET_PDEATHSIG = 1
 
 
@@ -113,7 +114,7 @@ def _ready(spec: Spec, answers: IO[str]) -> Built:
         for index in range(WARMUP if spec.kind in ("peer", "blocks") else 0):
             built.sample(index)
     ready = {"first_ms": first.get("wall_ms"), "report": built.report, **built.facts}
-    ready["memory"] = memory.result.model_dump() if memory.result else {}
+    ready["memory"] = memory.memory.model_dump()
     _answer(answers, {"ready": ready, **({"first": first} if "wall_ms" not in first else {})})
     return built
 
@@ -157,19 +158,24 @@ def _build_peer(spec: Spec) -> Built:
     options = PeerOptions(device=spec.device, threads=spec.threads, folder=Path(spec.scratch))
     if workload.kind == "pipeline":
         return _build_pipeline(spec, workload, peer, options)
+    if peer.components and workload.component not in peer.components:
+        only = " and ".join(peer.components)
+        raise MissingDependency(f"{peer.name} runs {only}, not {workload.component}")
     case = build_case(
         workload, batch=spec.batch, device=spec.device, dtype=peer.dtype, seed=spec.seed
     )
     prepared = peer.prepare(case, options)
     if workload.kind == "kernel":
         return _timed_cold(prepared, spec)
-    return _timed(prepared.run, spec, prepared.forwards, dict(prepared.report))
+    return _timed(prepared.run, spec, prepared.forwards, prepared.report)
 
 
 def _build_pipeline(spec: Spec, workload: Any, peer: Any, options: Any) -> Built:
     from hcf.artifact import Sampling
     from hcf_bench.workloads import build_pipeline
 
+    if peer.prepare_pipeline is None:
+        raise MissingDependency(f"{peer.name} does not run a whole pipeline")
     pipe = build_pipeline(workload, device=spec.device, dtype=peer.dtype, seed=spec.seed)
     report = peer.prepare_pipeline(pipe, options)
     sampling = Sampling(steps=spec.steps or workload.steps, guidance_scale=workload.guidance_scale)
@@ -236,22 +242,28 @@ def _timed(
 
 def _timed_cold(prepared: Any, spec: Spec) -> Built:
     """A kernel: every call finds its operands in memory, not in the last cache."""
-    from hcf_bench.timing import time_cold
+    from hcf_bench.timing import cache_flusher, time_batches
+
+    flush = cache_flusher(spec.device)
 
     def sample(_: int) -> dict[str, Any]:
-        return {"wall_ms": time_cold(prepared.run, spec.device), "cpu_ms": None}
+        found = time_batches(
+            prepared.run, samples=COLD_CALLS, warmup=0, device=spec.device, before=flush
+        )
+        return {"wall_ms": found.p50_ms, "cpu_ms": None}
 
-    return Built(lambda _: prepared.run(), sample, dict(prepared.report), {"forwards": 1})
+    return Built(lambda _: prepared.run(), sample, prepared.report, {"forwards": 1})
 
 
 def _build_ceilings(spec: Spec) -> Built:
-    from hcf_bench.roofline import measure_ceilings
+    from hcf_bench.roofline import survey_ceilings
 
     def measure(_: int) -> dict[str, Any]:
-        found = measure_ceilings(
+        found, absent = survey_ceilings(
             spec.device, list(spec.dtypes), threads=spec.threads, budget_s=spec.budget_s
         )
-        return {"ceilings": [c.model_dump() for c in found]}
+        left_out = [f"no ceiling for {name}: {reason}" for name, reason in absent.items()]
+        return {"ceilings": [c.model_dump() for c in found], "left_out": left_out}
 
     return Built(lambda _: None, measure)
 

@@ -50,7 +50,8 @@ class Peer:
     """One way to run a case that was built in `dtype`.
 
     `min_sqnr_db` bounds the output against eager fp32, -inf where the method is lossy by design.
-    `missing(device)` is "" or why it cannot run there. `components` empty means any.
+    `missing(device)` is "" or why it cannot run there. `prepare` takes the case over: it may change
+    or empty its module. `components` empty means any.
     """
 
     name: str

@@ -162,6 +162,13 @@ def feeds(case: Case) -> dict[str, Any]:
     return {name: t.detach().cpu().contiguous().numpy() for name, t in case.inputs.items()}
 
 
+def release(case: Case) -> None:
+    """Frees the weights of an exported case; its module then computes shapes only."""
+    case.module.to("meta")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps exporters' and quantisers' progress off the screen; errors still come through."""

@@ -16,7 +16,7 @@ from hcf.engines import require_layers
 from hcf.engines.tensorrt import PlanOptions, build_plan, package
 from hcf.errors import MissingDependency
 from hcf_bench.peers import Peer, PeerOptions, Prepared, installed, missing_unless
-from hcf_bench.peers.onnx_graph import PIP, export_graph
+from hcf_bench.peers.onnx_graph import PIP, export_graph, release
 
 if TYPE_CHECKING:
     from hcf_bench.workloads import Case
@@ -33,6 +33,7 @@ def prepare_tensorrt(case: Case, options: PeerOptions) -> Prepared:
 
     torch.cuda.set_device(options.device)
     graph = export_graph(case, options.folder)
+    release(case)
     shapes = {name: list(tensor.shape) for name, tensor in case.inputs.items()}
     plan = build_plan(
         graph,
