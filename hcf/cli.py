@@ -1,7 +1,8 @@
 """The `hcf` command: verbs that parse, call, and print. Nothing heavy is imported before its verb.
 
 Exit codes: 0 done, 1 error, 2 usage or recipe, 3 quality gate, 4 package or hardware missing,
-5 damaged model, 6 pickle refused, 7 disk, 8 engine of another machine, 9 slower, 130 interrupted.
+5 damaged model, 6 pickle refused, 7 disk, 8 engine of another machine, 9 slower, 10 undecided,
+11 not comparable, 12 rows failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from hcf import cli_data, cli_measure, cli_stages
+from hcf import cli_bench, cli_data, cli_measure, cli_stages
 from hcf.artifact import is_disk_full
 from hcf.errors import HcfError, InvalidArtifact, StorageError
 from hcf.terminal import (
@@ -138,7 +139,7 @@ def run(
 for verb in (cli_stages.distill, cli_stages.quantize, cli_stages.export, cli_stages.build):
     app.command()(verb)
 app.command()(cli_measure.check)
-app.add_typer(cli_measure.bench, name="bench")
+app.add_typer(cli_bench.bench, name="bench")
 app.add_typer(cli_data.data, name="data")
 app.command()(cli_data.train)
 

@@ -63,3 +63,21 @@ class Regression(HcfError):
     """A measurement is worse than the one it was compared with."""
 
     exit_code = 9
+
+
+class Undecided(HcfError):
+    """A comparison ended without a verdict: the budget was too small for the noise."""
+
+    exit_code = 10
+
+
+class InvalidComparison(HcfError):
+    """Two sides that cannot be compared: wrong outputs, unequal threads or environments."""
+
+    exit_code = 11
+
+
+class RowsFailed(HcfError):
+    """Some rows of a suite failed, were killed or are invalid; the others were delivered."""
+
+    exit_code = 12

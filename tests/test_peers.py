@@ -30,7 +30,7 @@ ON_GPU = [name for name, peer in PEERS.items() if "cuda" in peer.devices]
 UNCOMPILED = ("eager", "eager-bf16", *EXPORTED, "deepcache-3", "deepcache-3-bf16")
 
 
-def unet_case(pipe: Any, dtype: str = "fp32") -> Case:
+def unet_case(pipe: Any, dtype: str = "fp32", device: str = "cpu") -> Case:
     generator = torch.Generator().manual_seed(1)
     sample, text = (torch.randn(s, generator=generator) for s in ((1, 4, 8, 8), (1, 16, 32)))
     kind = DTYPES[dtype]
@@ -39,7 +39,8 @@ def unet_case(pipe: Any, dtype: str = "fp32") -> Case:
         "timestep": torch.full((1,), 501.0),
         "encoder_hidden_states": text.to(kind),
     }
-    return Case(TINY, DenoiseForward(pipe.unet.to(kind)), inputs)
+    placed = {name: tensor.to(device) for name, tensor in inputs.items()}
+    return Case(TINY, DenoiseForward(pipe.unet.to(device, kind)), placed)
 
 
 class Small(nn.Module):
@@ -168,6 +169,23 @@ def test_gpu_peers_say_why_they_are_missing(name: str) -> None:
         assert reason == "no CUDA device: torch finds none"
     if "cpu" not in find_peer(name).devices:
         assert find_peer(name).missing("cpu") == "runs on cuda, not on cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_GPU)
+def test_computes_on_a_gpu(name: str, tiny_pipeline: Any, shared_folder: Path) -> None:
+    peer = find_peer(name)
+    if peer.missing("cuda"):
+        return
+    wanted = unet_case(tiny_pipeline).run()
+    case = unet_case(tiny_pipeline, peer.dtype, "cuda")
+    prepared = peer.prepare(case, PeerOptions("cuda", THREADS, shared_folder))
+    found = [torch.as_tensor(prepared.run()).cpu() for _ in range(3)]
+    assert sqnr_db(wanted, found[0]) >= peer.min_sqnr_db
+    assert torch.equal(found[1], found[2])
+    assert prepared.report["layer_precisions"].get(prepared.report["precision"])
+    assert not prepared.report.get("tf32")
 
 
 def test_missing_package_names_the_line_that_installs_it() -> None:

@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 SETTLE_S = 0.05
 GROWTH = 1.5  # pairs at the next look, relative to this one
 MOST_PAIRS = 10_000
-# A call shorter than the time between two interrupts either ran undisturbed or did not, and what
-# disturbs only adds time: of a few such calls the shortest is what the code costs (Chen and Revels,
-# arXiv 1608.04295). Longer calls are all disturbed alike, and one of each makes a pair.
-SHORT_MS = 1.0
+# A short call either ran undisturbed or was interrupted, and interruptions only add time: of a few
+# such calls the shortest is what the code costs (Chen and Revels, arXiv 1608.04295). Longer calls
+# are all interrupted alike, and one of each makes a pair.
+SHORT_MS = 2.0
 SHORT_CALLS = 4
 
 Log = Callable[[str], None]
@@ -220,6 +220,7 @@ def compare_subjects(
     fidelity: Callable[[Any, Any], dict[str, float]] | None = None,
     environment: Environment | None = None,
     notes: tuple[str, ...] = (),
+    calls: int | None = None,
 ) -> Comparison:
     """Checks both outputs, warms both sides up, interleaves them, decides.
 
@@ -233,6 +234,7 @@ def compare_subjects(
         fidelity: distances between the two first outputs, kept with the result.
         environment: fingerprint read before; read here by default.
         notes: sentences kept with the result.
+        calls: of each side in a pair; by default from how long one takes (`calls_per_pair`).
     """
     env = environment or read_environment(threads)
 
@@ -301,7 +303,9 @@ def compare_subjects(
     for _ in range(warmup):
         baseline.run(0)
         candidate.run(0)
-    typical_ms = max(_wall_ms(timed(side, 0)) for side in (baseline, candidate))
+    if calls is None:
+        typical_ms = max(_wall_ms(timed(side, 0)) for side in (baseline, candidate))
+        calls = calls_per_pair(typical_ms) if settle_s == 0.0 else 1
     found = interleave(
         lambda i: timed(baseline, i),
         lambda i: timed(candidate, i),
@@ -312,7 +316,7 @@ def compare_subjects(
         floor_ms=floor_ms,
         settle_s=settle_s,
         usage=tuple(dict.fromkeys((baseline.usage, candidate.usage))),
-        calls=calls_per_pair(typical_ms) if settle_s == 0.0 else 1,
+        calls=calls,
     )
     return comparison(found.verdict, explain(found, threshold, floor_ms), found)
 

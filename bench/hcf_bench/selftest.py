@@ -11,7 +11,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -19,16 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hcf_bench.clocks import Sample, sample_call
-from hcf_bench.pairs import PairedTimes, calls_per_pair, interleave
+from hcf_bench.clocks import Sample, read_usage, sample_call
+from hcf_bench.pairs import PairedTimes, UsageReader, calls_per_pair, interleave
 from hcf_bench.records import SelfTest
+from hcf_bench.remote import Worker
 from hcf_bench.statistics import Verdict
-from hcf_bench.timing import torch_threads
+from hcf_bench.timing import loop_overhead_us, torch_threads
+from hcf_bench.worker import Spec
 
 Log = Callable[[str], None]
 
 BLOCKS = 50
-CHANNELS, SIZE = 16, 8
+TOKENS, WIDTH = 16, 64
+WARMUP = 5
+FIRST_LOOK = 16  # pairs before the first look at the data
+BUILD_S = 120.0  # for two processes to start on a busy machine
 # Bounds of the whole test: 200 comparisons each, at most these errors.
 MOST_FALSE_ALARMS = 0.005
 LEAST_CAUGHT = 0.99
@@ -70,20 +76,22 @@ class SelfTestConfig:
 
 
 class Blocks(nn.Module):
-    """x (1, C, S, S) -> the same after `blocks` times convolution and SiLU, as in a U-Net."""
+    """x (L, D) -> (L, D) through `blocks` linear layers, orthogonal so that x keeps its size."""
 
     def __init__(self, blocks: int, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(4))
-        self.register_buffer("x", torch.randn(1, CHANNELS, SIZE, SIZE))
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        for linear in self.linears:
+            nn.init.orthogonal_(linear.weight)
+        self.register_buffer("x", torch.randn(TOKENS, WIDTH))
         self.blocks = blocks
         self.requires_grad_(False)
 
     def forward(self) -> Tensor:
         x: Tensor = self.x  # type: ignore[assignment]
         for i in range(self.blocks):
-            x = nn.functional.silu(self.convs[i % 4](x))
+            x = self.linears[i % 4](x)
         return x
 
 
@@ -132,58 +140,105 @@ def synthetic_load(processes: int) -> Iterator[None]:
         yield
 
 
+def describe(test: SelfTest) -> str:
+    """One line: what was compared, how often it was right, how long it took."""
+    what = "the same against itself" if test.slowdown == 0.0 else f"{test.slowdown:.1%} more work"
+    judged = f"{test.alarms} false alarms" if test.slowdown == 0.0 else f"{test.right} caught"
+    return (
+        f"{what}: {judged} of {test.comparisons}, {test.undecided} undecided; a comparison took "
+        f"{test.seconds_p50:.1f} s, at most {test.seconds_max:.1f} s, {test.pairs_p50:.0f} pairs; "
+        f"load {test.load}, processes {test.processes}, overhead {test.overhead_us:.2f} us a call"
+    )
+
+
+def sampling_overhead_us() -> float:
+    """What timing adds to a call, microseconds: the whole of `sample_call` on an empty one."""
+    return round(loop_overhead_us(lambda: sample_call(_nothing)), 3)
+
+
 def _comparisons(name: str, slowdown: float, config: SelfTestConfig, log: Log) -> SelfTest:
     found: list[PairedTimes] = []
     started = time.perf_counter()
     for number in range(config.comparisons):
         found.append(_compare(slowdown, config, config.seed + number))
         if (number + 1) % max(1, config.comparisons // 10) == 0:
-            verdicts = [f.verdict for f in found]
-            counts = ", ".join(f"{v} {verdicts.count(v)}" for v in Verdict if v in verdicts)
+            seen = Counter(str(f.verdict) for f in found)
+            counts = ", ".join(f"{verdict} {count}" for verdict, count in seen.items())
             log(f"{name}: {number + 1} of {config.comparisons}: {counts}")
-    verdicts = [f.verdict for f in found]
+    verdicts = Counter(f.verdict for f in found)
     seconds = [f.spent_s for f in found]
-    expected = Verdict.SAME if slowdown == 0.0 else Verdict.SLOWER
     waiting = [f.contention for f in found if f.contention is not None]
     log(
-        f"{name}: {time.perf_counter() - started:.0f} s, a comparison "
-        f"{np.median(seconds):.1f} s, waiting {np.median(waiting or [0.0]):.0%}, "
-        f"ratio {np.median([f.statistics.speedup.value for f in found]):.4f}"
+        f"{name}: {time.perf_counter() - started:.0f} s, waiting {np.median(waiting or [0.0]):.0%} "
+        f"of the time, ratio {np.median([f.statistics.speedup.value for f in found]):.4f}"
     )
+    expected = Verdict.SAME if slowdown == 0.0 else Verdict.SLOWER
+    alarms = verdicts[Verdict.FASTER] + verdicts[Verdict.SLOWER] if slowdown == 0.0 else 0
     return SelfTest(
         name=name,
         slowdown=slowdown,
         comparisons=len(found),
-        alarms=sum(v in (Verdict.FASTER, Verdict.SLOWER) for v in verdicts)
-        if slowdown == 0.0
-        else 0,
-        right=verdicts.count(expected),
-        undecided=verdicts.count(Verdict.UNDECIDED),
+        alarms=alarms,
+        right=verdicts[expected],
+        undecided=verdicts[Verdict.UNDECIDED],
         pairs_p50=float(np.median([f.statistics.pairs for f in found])),
         seconds_p50=round(float(np.median(seconds)), 3),
         seconds_max=round(max(seconds), 3),
         load=config.load,
         processes=config.processes,
+        overhead_us=sampling_overhead_us(),
     )
 
 
 def _compare(slowdown: float, config: SelfTestConfig, seed: int) -> PairedTimes:
-    slower = round(config.blocks * (1.0 + slowdown))
-    modules = (Blocks(config.blocks, seed), Blocks(slower, seed))
-    for module in modules:
-        for _ in range(3):
-            module()
-    samplers = [_sampler(module) for module in modules]
+    """One comparison of `blocks` blocks against so many more, both sides built anew."""
+    sizes = (config.blocks, round(config.blocks * (1.0 + slowdown)))
+    if config.processes == 2:
+        return _compare_workers(sizes, config, seed)
+    samplers = [_sampler(Blocks(blocks, seed)) for blocks in sizes]
+    return _interleave(samplers, (read_usage,), config, seed)
+
+
+def _compare_workers(sizes: tuple[int, int], config: SelfTestConfig, seed: int) -> PairedTimes:
+    deadline = time.monotonic() + config.budget_s + BUILD_S
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(
+                Worker(
+                    Spec(kind="blocks", blocks=blocks, threads=config.threads, seed=seed),
+                    deadline=deadline,
+                )
+            )
+            for blocks in sizes
+        ]
+        usage = tuple(worker.usage for worker in workers)
+        return _interleave([worker.sample for worker in workers], usage, config, seed)
+
+
+def _interleave(
+    samplers: Sequence[Callable[[int], Sample]],
+    usage: tuple[UsageReader, ...],
+    config: SelfTestConfig,
+    seed: int,
+) -> PairedTimes:
+    for sampler in samplers:
+        for index in range(WARMUP):
+            sampler(index)
     return interleave(
         samplers[0],
         samplers[1],
-        pairs=16,
+        pairs=FIRST_LOOK,
         budget_s=config.budget_s,
         seed=seed,
         threshold=config.threshold,
-        calls=calls_per_pair(min(samplers[0](i).wall_ms for i in range(5))),
+        usage=usage,
+        calls=calls_per_pair(min(samplers[0](i).wall_ms for i in range(WARMUP))),
     )
 
 
 def _sampler(module: nn.Module) -> Callable[[int], Sample]:
     return lambda _: sample_call(module)
+
+
+def _nothing() -> None:
+    return None

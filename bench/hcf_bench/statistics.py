@@ -187,14 +187,17 @@ def _bootstrap_medians(
 def _middle_ranks(n: int, resamples: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ranks of the two middle values of each resample of n values.
 
-    Sorting keeps order, so a resample's median is known from the ranks that were drawn, whatever
-    the values are: one draw serves the ratio and the difference, and every comparison of n pairs.
+    Sorting keeps order, so a resample's median is known from the ranks that were drawn, and the
+    middle ranks need not be drawn with all the others: rank = floor(n U) for U uniform, and the
+    k-th smallest of n uniforms is Beta(k, n - k + 1); the next one is the smallest of the n - k
+    left, uniform above it. Exact, and no dearer for a thousand pairs than for ten, which matters
+    where the statistic competes with what it judges for a busy core.
     """
     rng = np.random.default_rng(seed)
-    low, high = np.empty(resamples, np.int64), np.empty(resamples, np.int64)
-    step = max(1, 2_000_000 // n)  # bounds the memory of one block of resamples
-    for start in range(0, resamples, step):
-        stop = min(start + step, resamples)
-        ranks = np.sort(rng.integers(0, n, size=(stop - start, n), dtype=np.int32), axis=1)
-        low[start:stop], high[start:stop] = ranks[:, (n - 1) // 2], ranks[:, n // 2]
-    return low, high
+    k = (n + 1) // 2
+    lower = rng.beta(k, n - k + 1, resamples)
+    low = np.minimum((n * lower).astype(np.int64), n - 1)
+    if n % 2 == 1:
+        return low, low
+    upper = 1.0 - (1.0 - lower) * rng.random(resamples) ** (1.0 / (n - k))
+    return low, np.minimum((n * upper).astype(np.int64), n - 1)

@@ -24,7 +24,7 @@ from hcf.recipe import apply_overrides, parse, read_tree
 from hcf_bench.environment import Environment, read_environment, same_environment
 from hcf_bench.gpu_state import read_gpu_state, require_exclusive, throttled
 from hcf_bench.parts import PARTS, Part, PartRun, SuiteConfig
-from hcf_bench.records import Record, Row, read_record, record_path
+from hcf_bench.records import Record, Row, SelfTest, read_record, record_path
 from hcf_bench.report import terminal_table, write_text
 
 Log = Callable[[str], None]
@@ -37,6 +37,17 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> SuiteConfig:
     tree = read_tree(path)
     apply_overrides(tree, overrides)
     return parse(SuiteConfig, tree, str(path))
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe of this checkout. RecipeError where only the packages are here."""
+    path = Path(__file__).parents[2] / "recipes" / "bench" / name
+    if not path.is_file():
+        raise RecipeError(
+            f"{name} is not beside these packages",
+            "run it in a checkout, or `hcf bench suite FILE`",
+        )
+    return path
 
 
 def run_suite(
@@ -118,6 +129,20 @@ def store_record(record: Record, results: Path) -> Path:
     path = record_path(results, record)
     write_record(path, record)
     return path
+
+
+def selftest_record(tests: Sequence[SelfTest], threads: int, command: str) -> Record:
+    """A record that holds nothing but a self-test."""
+    now = datetime.now(UTC)
+    return Record(
+        name="selftest",
+        date=now.date(),
+        time_utc=now.strftime("%H:%M:%S"),
+        commit=source_commit(),
+        command=command,
+        environment=read_environment(threads),
+        selftests=tuple(tests),
+    )
 
 
 def write_record(path: Path, record: Record) -> None:

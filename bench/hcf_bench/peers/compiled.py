@@ -1,7 +1,7 @@
 """torch.compile: one graph, fixed shapes, channels_last. It compiles in the first run.
 
 On a GPU "max-autotune", which also replays the kernels as a CUDA graph. On the CPU inductor's
-default mode: max-autotune there only tries out templates for matrix products, for minutes.
+default mode: max-autotune took more than three times as long there to compile a 9 M U-Net.
 """
 
 from __future__ import annotations

@@ -1,0 +1,468 @@
+"""`hcf bench`: time models and what they are made of, compare, explain, and keep the results."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hcf.errors import InvalidComparison, MissingDependency, Regression, RowsFailed, Undecided
+from hcf.terminal import (
+    EngineOption,
+    Format,
+    FormatOption,
+    Log,
+    ModelOption,
+    PrecisionOption,
+    RecipeOption,
+    SetOption,
+    ThreadsOption,
+    finish,
+    make_log,
+)
+
+if TYPE_CHECKING:
+    from hcf_bench.parts import SuiteConfig
+    from hcf_bench.records import Record
+    from hcf_bench.results import Comparison
+
+bench = typer.Typer(no_args_is_help=True, help="Time models, compare, explain, keep the results.")
+
+BUDGET_S = 540.0
+GPU_RECIPE, REHEARSAL_RECIPE = "gpu.yaml", "rehearsal.yaml"
+
+PairsOption = Annotated[int | None, typer.Option(min=1, help="Timed calls, or pairs of them.")]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time.")]
+BudgetOption = Annotated[float | None, typer.Option(help="Seconds to spend at most.")]
+ResultOption = Annotated[Path | None, typer.Option("--output", "-o", help="JSON to write.")]
+FolderOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+JunitOption = Annotated[Path | None, typer.Option("--junit", help="JUnit XML to write.")]
+MarkdownOption = Annotated[Path | None, typer.Option("--markdown", help="Markdown to write.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda[:n].")]
+ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of stored records.")]
+StoreOption = Annotated[bool, typer.Option("--store", help="Also keep the record under --results.")]
+PartsOption = Annotated[
+    Path | None, typer.Option("--parts", help="Where parts are kept; default OUTPUT/parts.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Use finished parts.")]
+WorkloadArgument = Annotated[str, typer.Argument(help="Such as sd15/unet; see hcf bench list.")]
+RESULTS = Path("bench/results")
+
+
+@bench.command("run")
+def run(
+    model: ModelOption,
+    recipe: RecipeOption = None,
+    set: SetOption = None,
+    pairs: PairsOption = None,
+    batch: BatchOption = None,
+    budget_s: BudgetOption = None,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
+    output: ResultOption = None,
+    format: FormatOption = Format.human,
+) -> None:
+    """Time one model from prompt to pixels, with its stages and its environment."""
+    from hcf_bench.compare import run_benchmark
+    from hcf_bench.results import write_result
+
+    config = _config(recipe, set, pairs=pairs, batch=batch, budget_s=budget_s, threads=threads)
+    found = run_benchmark(model, config, engine=engine, precision=precision, log=make_log(format))
+    if output:
+        write_result(output, found)
+    latency = found.subject.latency
+    text = f"{found.workload}: p50 {latency.p50_ms:.1f} ms" if latency else "nothing was timed"
+    finish(format, text, found.model_dump(mode="json"))
+
+
+@bench.command("compare")
+def compare(
+    baseline: Annotated[
+        str, typer.Option("--baseline", "-b", help="Folder, commit, stored result, or . (as is).")
+    ],
+    candidate: Annotated[str, typer.Option("--candidate", "-c", help="What is judged; likewise.")],
+    workload: Annotated[
+        str, typer.Option(help="For commits: what both run; by default a shipped pipeline.")
+    ] = "",
+    peer: Annotated[str, typer.Option(help="For commits: how a workload is run.")] = "eager",
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="For commits: the pipeline both run.")
+    ] = None,
+    recipe: RecipeOption = None,
+    set: SetOption = None,
+    pairs: PairsOption = None,
+    batch: BatchOption = None,
+    budget_s: BudgetOption = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0.0, help="Relative change that matters: 0.01 is 1 %.")
+    ] = None,
+    floor_ms: Annotated[
+        float | None, typer.Option(min=0.0, help="Absolute change that matters, milliseconds.")
+    ] = None,
+    baseline_engine: Annotated[str, typer.Option(help="As for hcf generate.")] = "auto",
+    candidate_engine: Annotated[str, typer.Option(help="As for hcf generate.")] = "auto",
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=2, help="1: both sides in one; 2: one each, in turns.")
+    ] = None,
+    threads: ThreadsOption = None,
+    output: ResultOption = None,
+    junit: JunitOption = None,
+    markdown: MarkdownOption = None,
+    format: FormatOption = Format.human,
+) -> None:
+    """Interleaved pairs of two models, two commits, or a model and a stored result.
+
+    Exit code 9: slower; 10: undecided; 11: not comparable.
+    """
+    from hcf_bench.references import compare_references
+
+    from hcf_bench.results import write_result
+
+    config = _config(
+        recipe,
+        set,
+        pairs=pairs,
+        batch=batch,
+        budget_s=budget_s,
+        threads=threads,
+        threshold=threshold,
+        floor_ms=floor_ms,
+    )
+    found = compare_references(
+        baseline,
+        candidate,
+        config,
+        root=Path.cwd(),
+        workload=workload,
+        peer=peer,
+        model=model,
+        engines=(baseline_engine, candidate_engine),
+        processes=processes,
+        log=make_log(format),
+    )
+    if output:
+        write_result(output, found)
+    _write_reports(junit, markdown, found)
+    finish(format, found.headline(), found.model_dump(mode="json"))
+    _exit_on(found, baseline, candidate)
+
+
+@bench.command("peers")
+def peers(
+    workload: WorkloadArgument,
+    peer: Annotated[
+        list[str] | None, typer.Option("--peer", "-p", help="Repeatable; by default all.")
+    ] = None,
+    baseline: Annotated[
+        str, typer.Option("--baseline", "-b", help="What all are held against.")
+    ] = "eager",
+    batch: BatchOption = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a pipeline.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Before the first look.")] = 8,
+    pairs_s: Annotated[float, typer.Option(help="Seconds of pairs for each peer.")] = 60.0,
+    subject_s: Annotated[float, typer.Option(help="Seconds until a peer is killed.")] = 600.0,
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds in all.")] = 3600.0,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    output: FolderOption = Path("out/bench"),
+    results: ResultsOption = RESULTS,
+    store: StoreOption = False,
+    junit: JunitOption = None,
+    markdown: MarkdownOption = None,
+    format: FormatOption = Format.human,
+) -> None:
+    """Run one workload by every peer that is here, each against the baseline, in pairs."""
+    from hcf_bench.parts import Part, SuiteConfig
+    from hcf_bench.peers import PEERS
+
+    part = Part(
+        name="peers",
+        kind="peers",
+        workload=workload,
+        baseline=baseline,
+        peers=peer or [name for name in PEERS if name != baseline],
+        batch=batch,
+        steps=steps,
+        pairs=pairs,
+        pairs_s=pairs_s,
+        subject_s=subject_s,
+        box_s=budget_s,
+    )
+    dtypes = ["fp32", "bf16", "fp16", "int8", "fp8"]
+    ceilings = Part(name="ceilings", kind="ceilings", dtypes=dtypes, box_s=60.0)
+    name = workload.replace("/", "-")
+    suite = SuiteConfig(name=name, device=device, threads=threads, parts=[ceilings, part])
+    _run_suite(
+        suite, output / name, budget_s, None, True, (), results if store else None,
+        junit, markdown, format,
+    )  # fmt: skip
+
+
+@bench.command("profile")
+def profile(
+    workload: WorkloadArgument,
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32, bf16 or fp16.")] = "fp32",
+    batch: BatchOption = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    output: FolderOption = Path("out/bench"),
+    format: FormatOption = Format.human,
+) -> None:
+    """Show the ten layers of a module that lie furthest above their roofline floor."""
+    from hcf_bench.layer_profile import profile_table
+    from hcf_bench.parts import Part, SuiteConfig
+    from hcf_bench.suite import run_suite
+
+    parts = [
+        Part(name="ceilings", kind="ceilings", dtypes=[dtype], box_s=60.0),
+        Part(
+            name="profile", kind="profile", workload=workload, dtypes=[dtype], batch=batch,
+            box_s=600.0, subject_s=600.0,
+        ),
+    ]  # fmt: skip
+    suite = SuiteConfig(
+        name=f"profile-{workload.replace('/', '-')}", device=device, threads=threads, parts=parts
+    )
+    log = make_log(format)
+    record = run_suite(
+        suite, output / suite.name, budget_s=660.0, resume=False, command=_command(), log=log
+    )
+    text = "\n\n".join(profile_table(found) for found in record.profiles)
+    finish(format, text or "\n".join(record.notes), record.model_dump(mode="json"))
+    _exit_on_failures(record)
+
+
+@bench.command("suite")
+def suite(
+    recipe: Annotated[Path, typer.Argument(help="YAML under recipes/bench.")],
+    output: FolderOption,
+    set: SetOption = None,
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds in all.")] = 3600.0,
+    only: Annotated[list[str] | None, typer.Option(help="Name of a part. Repeatable.")] = None,
+    parts_folder: Annotated[
+        Path | None, typer.Option("--parts", help="Where parts are kept; default OUTPUT/parts.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Use finished parts.")
+    ] = True,
+    results: ResultsOption = RESULTS,
+    store: StoreOption = False,
+    junit: JunitOption = None,
+    markdown: MarkdownOption = None,
+    format: FormatOption = Format.human,
+) -> None:
+    """Run the parts of a recipe in order of value, each in its time box.
+
+    Exit code 12: some rows failed; the others are delivered.
+    """
+    from hcf_bench.suite import load_suite
+
+    _run_suite(
+        load_suite(recipe, set or ()), output, budget_s, parts_folder, resume, only or (),
+        results if store else None, junit, markdown, format,
+    )  # fmt: skip
+
+
+@bench.command("gpu")
+def gpu(
+    output: Annotated[Path, typer.Option("--output", "--out", "-o", help="Folder to write.")],
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds in all.")] = BUDGET_S,
+    only: Annotated[list[str] | None, typer.Option(help="Name of a part. Repeatable.")] = None,
+    parts_folder: Annotated[
+        Path | None, typer.Option("--parts", help="Where parts are kept; default OUTPUT/parts.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Use finished parts.")
+    ] = True,
+    rehearsal: Annotated[bool, typer.Option(help="The tiny twin, on the CPU.")] = False,
+    set: SetOption = None,
+    format: FormatOption = Format.human,
+) -> None:
+    """Everything worth knowing of a GPU, most valuable first; goes on where it stopped."""
+    from hcf_bench.suite import load_suite, recipe_path
+
+    found = load_suite(recipe_path(REHEARSAL_RECIPE if rehearsal else GPU_RECIPE), set or ())
+    _run_suite(found, output, budget_s, parts_folder, resume, only or (), None, None, None, format)
+
+
+@bench.command("selftest")
+def selftest(
+    comparisons: Annotated[int, typer.Option(min=1, help="Of each kind.")] = 200,
+    slowdown: Annotated[float, typer.Option(help="Injected, as a fraction.")] = 0.02,
+    threshold: Annotated[float, typer.Option(help="Change that matters.")] = 0.01,
+    load: Annotated[int, typer.Option(min=0, help="Processes that compete for the cores.")] = 4,
+    processes: Annotated[int, typer.Option(min=1, max=2, help="1, or 2 in turns.")] = 1,
+    blocks: Annotated[int, typer.Option(min=50, help="Length of the timed call.")] = 50,
+    budget_s: Annotated[float, typer.Option(help="Seconds a comparison at most.")] = 300.0,
+    allow: Annotated[int, typer.Option(min=0, help="Errors more than the bounds.")] = 0,
+    threads: ThreadsOption = None,
+    seed: Annotated[int, typer.Option(help="Of orders and resamples.")] = 0,
+    results: ResultsOption = RESULTS,
+    store: StoreOption = False,
+    format: FormatOption = Format.human,
+) -> None:
+    """Measure the harness itself: false alarms, power and overhead, beside a synthetic load.
+
+    Exit code 1 when a bound is missed.
+    """
+    from hcf.errors import HcfError
+    from hcf_bench.selftest import SelfTestConfig, describe, failures, run_selftest
+    from hcf_bench.suite import selftest_record, store_record
+
+    config = SelfTestConfig(
+        comparisons=comparisons,
+        slowdown=slowdown,
+        threshold=threshold,
+        load=load,
+        budget_s=budget_s,
+        threads=threads or 1,
+        processes=processes,
+        blocks=blocks,
+        seed=seed,
+    )
+    log = make_log(format)
+    tests = run_selftest(config, log)
+    if store:
+        record = selftest_record(tests, config.threads, _command())
+        log(f"stored {store_record(record, results)}")
+    data = {"tests": [test.model_dump(mode="json") for test in tests]}
+    finish(format, "\n".join(describe(test) for test in tests), data)
+    missed = failures(tests, allowance=allow)
+    if missed:
+        raise HcfError("; ".join(missed), "look for what else runs on this machine")
+
+
+@bench.command("list")
+def list_workloads(device: DeviceOption = "cpu", format: FormatOption = Format.human) -> None:
+    """Name every workload, and every peer with what keeps it from running here."""
+    from hcf_bench.peers import PEERS
+    from hcf_bench.workloads import WORKLOADS
+
+    lines = []
+    for name, work in WORKLOADS.items():
+        size = f"{work.params / 1e6:,.1f} M" if work.params else ""
+        tflop = f"{work.tflop:.4g} TFLOP" if work.tflop else ""
+        lines.append(f"{name:<44} {work.kind:<9} {size:>12} {tflop:>13}")
+    missing = {name: peer.missing(device) for name, peer in PEERS.items()}
+    lines += ["", *(f"{name:<26} {reason or 'ready'}" for name, reason in missing.items())]
+    finish(format, "\n".join(lines), {"workloads": sorted(WORKLOADS), "peers": missing})
+
+
+@bench.command("render")
+def render(
+    results: ResultsOption = RESULTS,
+    target: Annotated[Path, typer.Option("--output", "-o")] = Path("bench/README.md"),
+    check: Annotated[bool, typer.Option("--check", help="Only say whether it is current.")] = False,
+    format: FormatOption = Format.human,
+) -> None:
+    """Write bench/README.md from the stored records. With --check, exit code 1 if it differs."""
+    from hcf.errors import HcfError
+    from hcf_bench.render import is_rendered, write_readme
+
+    if check:
+        if not is_rendered(results, target):
+            raise HcfError(f"{target} is not what {results} renders to", "run hcf bench render")
+    else:
+        write_readme(results, target)
+    finish(format, f"{target}", {"file": str(target)})
+
+
+@bench.command("history")
+def history(
+    workload: WorkloadArgument,
+    output: FolderOption = Path("out/history"),
+    machine: Annotated[
+        str, typer.Option(help="Folder under --results; default: the only one.")
+    ] = "",
+    subject: Annotated[list[str] | None, typer.Option(help="Repeatable; by default all.")] = None,
+    results: ResultsOption = RESULTS,
+    format: FormatOption = Format.human,
+) -> None:
+    """Draw a workload's stored times and ratios over commits: a PNG and a page."""
+    from hcf_bench.history import read_history, write_history
+
+    found = read_history(results, workload, machine=machine, subjects=tuple(subject or ()))
+    files = [str(path) for path in write_history(found, output)]
+    finish(format, "\n".join(files), {"files": files})
+
+
+def _run_suite(
+    config: SuiteConfig,
+    output: Path,
+    budget_s: float,
+    parts_folder: Path | None,
+    resume: bool,
+    only: list[str] | tuple[str, ...],
+    results: Path | None,
+    junit: Path | None,
+    markdown: Path | None,
+    format: Format,
+) -> None:
+    from hcf_bench.report import terminal_table
+    from hcf_bench.suite import run_suite, store_record
+
+    log: Log = make_log(format)
+    record = run_suite(
+        config,
+        output,
+        budget_s=budget_s,
+        parts_folder=parts_folder,
+        resume=resume,
+        only=only,
+        command=_command(),
+        log=log,
+    )
+    if results is not None:
+        log(f"stored {store_record(record, results)}")
+    _write_reports(junit, markdown, record)
+    text = terminal_table(record, str(output / f"{config.name}.json"))
+    finish(format, text, record.model_dump(mode="json"))
+    _exit_on_failures(record)
+
+
+def _write_reports(junit: Path | None, markdown: Path | None, found: Comparison | Record) -> None:
+    from hcf_bench.report import write_junit, write_markdown
+
+    if junit:
+        write_junit(junit, [found])
+    if markdown:
+        write_markdown(markdown, [found])
+
+
+def _exit_on(found: Comparison, baseline: str, candidate: str) -> None:
+    if found.verdict == "SLOWER":
+        raise Regression(f"{candidate} is slower than {baseline}: {found.reason}")
+    if found.verdict == "UNDECIDED":
+        raise Undecided(
+            f"no verdict on {candidate} against {baseline}: {found.reason}",
+            "give it a larger --budget-s, a quieter machine or a wider --threshold",
+        )
+    if found.verdict == "INVALID":
+        raise InvalidComparison(f"the comparison is invalid: {found.reason}")
+
+
+def _exit_on_failures(record: Record) -> None:
+    from hcf_bench.suite import failures
+
+    failed = failures(record)
+    if failed:
+        listed = "\n".join(f"  {line}" for line in failed)
+        raise RowsFailed(f"{len(failed)} of {len(record.rows)} rows failed:\n{listed}")
+    if not record.rows and not record.ceilings and not record.profiles:
+        raise MissingDependency("nothing was measured", "give it a larger --budget")
+
+
+def _command() -> str:
+    """What was typed, as it can be typed again; absolute paths are cut to their last part."""
+    words = [Path(w).name if w.startswith("/") else w for w in sys.argv[1:]]
+    return shlex.join(["hcf", *words])
+
+
+def _config(recipe: Path | None, set: list[str] | None, **options: Any) -> Any:
+    from hcf.recipe import BenchConfig, stage_config
+
+    return stage_config(BenchConfig, "bench", recipe, set or (), **options)
