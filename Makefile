@@ -1,10 +1,11 @@
-# make demo | test | check | install | clean       (needs Python 3.11 or newer and nothing else)
+# make demo | test | check | bench | gpu | install | clean
+# (needs Python 3.11 or newer and nothing else; gpu needs a host with a GPU and torch)
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check install clean
+.PHONY: demo test check bench gpu gpu-rehearsal install clean
 
 # torch is named in the same command as the rest: left to other packages' requirements it would
 # come in a newer version than the one in constraints.txt.
@@ -26,6 +27,20 @@ check: .venv/.installed
 
 test: .venv/.installed check
 	$(BIN)/pytest
+
+# a CPU's record: bench/results/<machine>/, rendered into bench/README.md
+bench: .venv/.installed
+	$(BIN)/hcf bench suite recipes/bench/cpu.yaml -o out/cpu --store
+	$(BIN)/hcf bench render
+
+# runs from the sources: such a host has torch of its own and often no network to install from
+GPU_OUT ?= out/gpu
+GPU_BUDGET ?= 540
+gpu:
+	PYTHONPATH=.:kernels:models:bench $(PYTHON) -m hcf_bench gpu --out $(GPU_OUT) --budget $(GPU_BUDGET)
+
+gpu-rehearsal: .venv/.installed
+	PYTHONPATH=.:kernels:models:bench $(BIN)/python -m hcf_bench gpu --rehearsal --out out/rehearsal
 
 clean:
 	rm -rf .venv out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

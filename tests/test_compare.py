@@ -15,6 +15,7 @@ from hcf.artifact import Manifest, Sampling, write_manifest
 from hcf.errors import InvalidArtifact, StorageError
 from hcf.recipe import BenchConfig
 from hcf.trace import record_calls
+from hcf_bench.clocks import CONTENDED, Sample, Usage, read_usage
 from hcf_bench.compare import (
     compare_artifacts,
     compare_callables,
@@ -23,7 +24,6 @@ from hcf_bench.compare import (
     compare_pipelines,
     run_benchmark,
 )
-from hcf_bench.clocks import CONTENDED, Sample, Usage, read_usage
 from hcf_bench.environment import read_environment
 from hcf_bench.pairs import (
     SHORT_CALLS,
@@ -243,10 +243,11 @@ def test_a_short_call_is_repeated_within_a_pair() -> None:
         assert found.pairs == 6 and found.candidate.latency is not None
         return len(found.candidate.latency.samples_ms)
 
-    assert samples((0.2, 0.2)) == 6 * SHORT_CALLS
-    assert samples((0.2, 2.0)) == 6  # the longer one says how long a pair takes
-    assert samples((0.2, 0.2), settle_s=0.001) == 6  # a pause would come before every call
-    assert samples((0.2, 0.2), calls=2) == 12
+    short = (SHORT_MS / 5, SHORT_MS / 5)
+    assert samples(short) == 6 * SHORT_CALLS
+    assert samples((SHORT_MS / 5, SHORT_MS * 2)) == 6  # the longer one says how long a pair takes
+    assert samples(short, settle_s=0.001) == 6  # a pause would come before every call
+    assert samples(short, calls=2) == 12
 
 
 def contended(share: float | None, cpu: bool = True) -> Any:

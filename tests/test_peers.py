@@ -63,6 +63,15 @@ class Breaking(Small):
         return super().forward(x)
 
 
+class Masked(Small):
+    """Attention whose mask has one row for all queries, as text encoders' have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).flatten(2).transpose(1, 2)[:, None]
+        mask = torch.where(torch.arange(y.shape[2]) < 40, 0.0, -100.0)[None, None, None]
+        return nn.functional.scaled_dot_product_attention(y, y, y, attn_mask=mask)
+
+
 def small_case(module: nn.Module, dtype: str = "fp32") -> Case:
     torch.manual_seed(0)
     for parameter in module.parameters():
@@ -241,6 +250,17 @@ def test_the_cuda_providers_graph_computes_the_same(tiny_pipeline: Any, tmp_path
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     feed = {name: tensor.numpy() for name, tensor in case.inputs.items()}
     assert sqnr_db(case.run(), torch.from_numpy(session.run(None, feed)[0])) > 60
+
+
+@pytest.mark.parametrize("for_cuda_provider", [False, True])
+def test_a_mask_with_one_row_is_exported_whole(for_cuda_provider: bool, tmp_path: Path) -> None:
+    import onnxruntime
+
+    case = small_case(Masked())
+    path = export_graph(case, tmp_path, for_cuda_provider=for_cuda_provider)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: tensor.numpy() for name, tensor in case.inputs.items()})[0]
+    assert sqnr_db(case.run(), torch.from_numpy(found)) > 60
 
 
 @pytest.mark.parametrize(

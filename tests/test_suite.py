@@ -270,6 +270,14 @@ def test_a_part_ends_with_its_time_box(tmp_path: Path) -> None:
     assert failures(found.record)
 
 
+def test_rows_that_failed_are_tried_again_though_the_part_was_finished(tmp_path: Path) -> None:
+    suite = suite_of({"name": "one", **BATCHES, "subject_s": 0.1})
+    for _ in range(2):
+        found = run(suite, tmp_path)
+        assert found.record.finished and found.said("one").startswith("batches")
+        assert [row.status for row in found.record.rows] == ["timed_out"]
+
+
 def test_no_budget_leaves_everything(tmp_path: Path) -> None:
     began = time.monotonic()
     found = run(TWO, tmp_path, budget_s=0.0)

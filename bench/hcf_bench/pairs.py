@@ -25,8 +25,7 @@ from hcf_bench.statistics import (
     FEWEST_PAIRS,
     PairStatistics,
     Verdict,
-    decide,
-    look_confidence,
+    decide_at,
     pair_statistics,
     percentile,
 )
@@ -145,11 +144,11 @@ def interleave(
             over = spent >= budget_s or taken >= most_pairs
             if taken < next_look and not over:
                 continue
-            confidence = look_confidence(look)
             waiting = _contention(before, [read() for read in usage])
             clock = _deciding_clock(times, waiting)
-            seen = pair_statistics(*_on(clock, times, calls), seed=seed, confidence=confidence)
-            verdict = decide(seen, threshold=threshold, floor_ms=floor_ms)
+            verdict, confidence = decide_at(
+                look, *_on(clock, times, calls), seed=seed, threshold=threshold, floor_ms=floor_ms
+            )
             if over or verdict is not Verdict.UNDECIDED:
                 break
             look, next_look = look + 1, int(np.ceil(next_look * GROWTH))

@@ -257,9 +257,10 @@ def _profiles(records: Sequence[Record]) -> str:
 
 def _profile(record: Record, profile: Profile) -> str:
     share = percent_text(profile.floor_ms / profile.total_ms) if profile.total_ms else "-"
+    named = sum(not layer.name.startswith("(") for layer in profile.layers)  # the rest are sums
     title = (
         f"{profile.workload} {profile.subject} {profile.dtype}, batch {profile.batch}: "
-        f"{number_text(profile.total_ms)} ms, {share} of roofline; the {len(profile.layers)} "
+        f"{number_text(profile.total_ms)} ms, {share} of roofline; the {named} "
         f"layers furthest above their floor ({_label(record)})"
     )
     table = [
@@ -297,6 +298,7 @@ def _selftests(records: Sequence[Record]) -> str:
             str(test.alarms),
             str(test.right),
             str(test.undecided),
+            number_text(test.call_ms),
             f"{test.pairs_p50:g}",
             f"{test.seconds_p50:.1f} ({test.seconds_max:.1f})",
             str(test.load),
@@ -307,12 +309,12 @@ def _selftests(records: Sequence[Record]) -> str:
         for record, test in found.values()
     ]
     heads = (
-        "self-test", "slowdown", "comparisons", "alarms", "right", "undecided", "pairs p50",
-        "seconds p50 (max)", "load", "processes", "overhead us", "record",
+        "self-test", "slowdown", "comparisons", "alarms", "right", "undecided", "call ms",
+        "pairs p50", "seconds p50 (max)", "load", "processes", "overhead us", "record",
     )  # fmt: skip
     return (
         "Self-test, comparisons whose truth is known (an alarm is a difference found where there "
-        "is none, or the wrong way round):\n\n" + markdown_table(heads, table, words=(0, 1, 11))
+        "is none, or the wrong way round):\n\n" + markdown_table(heads, table, words=(0, 1, 12))
     )
 
 

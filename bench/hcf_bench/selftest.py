@@ -81,9 +81,10 @@ class Blocks(nn.Module):
     def __init__(self, blocks: int, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
-        for linear in self.linears:
+        linears = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)]
+        for linear in linears:
             nn.init.orthogonal_(linear.weight)
+        self.linears = nn.ModuleList(linears)
         self.register_buffer("x", torch.randn(TOKENS, WIDTH))
         self.blocks = blocks
         self.requires_grad_(False)
@@ -98,8 +99,8 @@ class Blocks(nn.Module):
 def run_selftest(config: SelfTestConfig, log: Log = print) -> tuple[SelfTest, SelfTest]:
     """The same against itself, then against `slowdown` more work; both under the load."""
     with torch_threads(config.threads), synthetic_load(config.load):
-        same = _comparisons("same", 0.0, config, log)
-        slower = _comparisons("slower", config.slowdown, config, log)
+        same = _comparisons("A/A", 0.0, config, log)
+        slower = _comparisons("slowdown", config.slowdown, config, log)
     return same, slower
 
 
@@ -144,10 +145,12 @@ def describe(test: SelfTest) -> str:
     """One line: what was compared, how often it was right, how long it took."""
     what = "the same against itself" if test.slowdown == 0.0 else f"{test.slowdown:.1%} more work"
     judged = f"{test.alarms} false alarms" if test.slowdown == 0.0 else f"{test.right} caught"
+    length = f", calls of {test.call_ms:.2g} ms" if test.call_ms else ""
     return (
         f"{what}: {judged} of {test.comparisons}, {test.undecided} undecided; a comparison took "
         f"{test.seconds_p50:.1f} s, at most {test.seconds_max:.1f} s, {test.pairs_p50:.0f} pairs; "
-        f"load {test.load}, processes {test.processes}, overhead {test.overhead_us:.2f} us a call"
+        f"load {test.load}, processes {test.processes}{length}, "
+        f"overhead {test.overhead_us or 0.0:.2f} us a call"
     )
 
 
@@ -174,8 +177,10 @@ def _comparisons(name: str, slowdown: float, config: SelfTestConfig, log: Log) -
     )
     expected = Verdict.SAME if slowdown == 0.0 else Verdict.SLOWER
     alarms = verdicts[Verdict.FASTER] + verdicts[Verdict.SLOWER] if slowdown == 0.0 else 0
+    used = [sample.cpu_ms for f in found for sample in f.baseline if sample.cpu_ms]
     return SelfTest(
-        name=name,
+        name=f"{name}, {config.blocks} blocks, {config.processes} process"
+        + ("es" if config.processes > 1 else ""),
         slowdown=slowdown,
         comparisons=len(found),
         alarms=alarms,
@@ -187,6 +192,7 @@ def _comparisons(name: str, slowdown: float, config: SelfTestConfig, log: Log) -
         load=config.load,
         processes=config.processes,
         overhead_us=sampling_overhead_us(),
+        call_ms=round(float(np.median(used)), 3) if used else None,
     )
 
 

@@ -24,6 +24,10 @@ from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+# All looks of a comparison together may raise a false alarm this often. It is ten times stricter
+# than the interval that is printed, because a gate runs every day and an alarm costs somebody's;
+# "the same" keeps the interval's 5 %: to be wrong it takes a change that lies outside the margin.
+ALARM_ALPHA = 0.005
 # The range of n values misses the median with probability 2 ** (1 - n): below six pairs no
 # bootstrap of the median can reach 95 %, whatever the values are.
 FEWEST_PAIRS = 6
@@ -151,6 +155,32 @@ def decide(statistics: PairStatistics, *, threshold: float, floor_ms: float) -> 
     if -floor_ms <= saved.low and saved.high <= floor_ms:
         return Verdict.SAME
     return Verdict.UNDECIDED
+
+
+def decide_at(
+    look: int,
+    baseline_ms: Sequence[float],
+    candidate_ms: Sequence[float],
+    *,
+    seed: int,
+    threshold: float,
+    floor_ms: float,
+) -> tuple[Verdict, float]:
+    """The verdict at look 1, 2, ... and the confidence it is taken at.
+
+    FASTER and SLOWER need the interval that spends `ALARM_ALPHA` over all looks, SAME the one that
+    spends 1 - `CONFIDENCE`.
+    """
+    for alpha, verdicts in (
+        (ALARM_ALPHA, (Verdict.FASTER, Verdict.SLOWER)),
+        (1.0 - CONFIDENCE, (Verdict.SAME,)),
+    ):
+        confidence = look_confidence(look, alpha)
+        seen = pair_statistics(baseline_ms, candidate_ms, seed=seed, confidence=confidence)
+        verdict = decide(seen, threshold=threshold, floor_ms=floor_ms)
+        if verdict in verdicts:
+            return verdict, confidence
+    return Verdict.UNDECIDED, look_confidence(look, ALARM_ALPHA)
 
 
 def look_confidence(look: int, alpha: float = 1.0 - CONFIDENCE) -> float:

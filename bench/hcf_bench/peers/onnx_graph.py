@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from hcf.errors import HcfError, InvalidArtifact
 from hcf_bench.peers import import_package
@@ -90,9 +91,8 @@ def require_finite(case: Case) -> None:
 
 
 def _export(case: Case, path: Path, for_cuda_provider: bool) -> None:
-    attention = contrib_attention() if for_cuda_provider else contextlib.nullcontext()
     try:
-        with quiet(), attention, torch.no_grad():
+        with quiet(), TracedAttention(contrib=for_cuda_provider), torch.no_grad():
             program = torch.onnx.export(
                 case.module,
                 tuple(case.inputs.values()),
@@ -111,44 +111,64 @@ def _export(case: Case, path: Path, for_cuda_provider: bool) -> None:
     program.save(str(path), external_data=weight_bytes(case.module) > EXTERNAL_FROM_BYTES)
 
 
-@contextlib.contextmanager
-def contrib_attention() -> Iterator[None]:
-    """Inside, attention without a mask is traced as ONNX Runtime's own MultiHeadAttention."""
-    plain: Any = functional.scaled_dot_product_attention
+class TracedAttention(TorchFunctionMode):
+    """While it is entered, attention is traced as ONNX Runtime takes it: a mask with a row for
+    every query, and with `contrib` no mask at all as its own MultiHeadAttention."""
+
+    def __init__(self, contrib: bool) -> None:
+        super().__init__()
+        self.contrib = contrib
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return self.attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
     def attention(
+        self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        **options: Any,
     ) -> Tensor:
-        if attn_mask is not None or enable_gqa:
-            options = {"scale": scale, "enable_gqa": enable_gqa}
-            return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)
-        heads = query.shape[1]
-        rows = [x.transpose(1, 2).flatten(2) for x in (query, key, value)]  # (B, L, N K)
-        settings: dict[str, Any] = {"num_heads": heads, "unidirectional": int(is_causal)}
-        if scale is not None:
-            settings["scale"] = float(scale)
-        output = torch.onnx.ops.symbolic(
-            "com.microsoft::MultiHeadAttention",
-            rows,
-            settings,
-            dtype=query.dtype,
-            shape=(*rows[0].shape[:2], heads * value.shape[-1]),
-            version=1,
+        """query (B, N, L, K), key, value (B, N, S, K), mask (..., 1 or L, S) -> (B, N, L, K)"""
+        if attn_mask is not None:
+            length = query.shape[-2]
+            attn_mask = attn_mask.expand(*attn_mask.shape[:-2], length, key.shape[-2])
+        elif self.contrib and not options.get("enable_gqa"):
+            return contrib_attention(query, key, value, is_causal, options.get("scale"))
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, **options
         )
-        return output.unflatten(2, (heads, -1)).transpose(1, 2)
 
-    functional.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = plain
+
+def contrib_attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+) -> Tensor:
+    """query (B, N, L, K), key, value (B, N, S, K) -> (B, N, L, K), as a node of ONNX Runtime's."""
+    heads = query.shape[1]
+    rows = [x.transpose(1, 2).flatten(2) for x in (query, key, value)]  # (B, L, N K)
+    settings: dict[str, Any] = {"num_heads": heads, "unidirectional": int(is_causal)}
+    if scale is not None:
+        settings["scale"] = float(scale)
+    output = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        rows,
+        settings,
+        dtype=query.dtype,
+        shape=(*rows[0].shape[:2], heads * value.shape[-1]),
+        version=1,
+    )
+    return output.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -158,5 +158,5 @@ ADAPTED = (
     _openvino("openvino", "fp32", "f32", 60.0),
     _openvino("openvino-bf16", "bf16", "bf16", 15.0, bf16_arithmetic),
     _openvino("openvino-int8", "int8", "f32", 10.0, _NNCF),
-    _openvino("openvino-int8-bf16", "int8", "bf16", 10.0, _NNCF, bf16_arithmetic),
+    _openvino("openvino-int8-bf16", "int8", "bf16", 8.0, _NNCF, bf16_arithmetic),
 )
