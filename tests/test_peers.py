@@ -180,6 +180,18 @@ def test_gpu_peers_say_why_they_are_missing(name: str) -> None:
         assert find_peer(name).missing("cpu") == "runs on cuda, not on cpu"
 
 
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_onnxruntime_without_the_provider_runs_nothing(provider: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    from hcf_bench.peers.onnxruntime import prepare_gpu
+
+    if provider in onnxruntime.get_available_providers():
+        return
+    with pytest.raises(HcfError, match=provider):
+        prepare_gpu(small_case(Small()), PeerOptions("cpu", THREADS, tmp_path), provider)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_GPU)
