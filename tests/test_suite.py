@@ -111,6 +111,9 @@ def test_every_part_delivers_though_one_cannot(whole: Ran) -> None:
         (KERNEL, "eager", 1, "ok"),
         (KERNEL, "eager", 3, "ok"),
     ]
+    missing = whole.record.rows[3]
+    assert "cuda" in missing.reason and missing.dtype == "fp16"
+    assert missing.latency is None and missing.speedup is None
     assert not whole.record.finished
     assert failures(whole.record) == [
         f"{KERNEL} broken: failed: {whole.record.rows[1].reason}"  # what is missing did not fail
@@ -170,20 +173,16 @@ def test_the_table_fits_a_screen(whole: Ran) -> None:
 
 def test_a_second_run_goes_on_where_the_first_stopped(whole: Ran, tmp_path: Path) -> None:
     out = shutil.copytree(whole.out, tmp_path / "out")
-    batches = out / "parts" / "03-batches.json"
-    edit(batches, finished=False, rows=json.loads(batches.read_text())["rows"][:1])  # as if cut
+    norm = out / "parts" / "02-norm.json"
+    edit(norm, finished=False)  # as if cut
     before = {path.name: path.read_bytes() for path in (out / "parts").iterdir()}
-    again = run(WHOLE, out)
-    assert again.said("ceilings") == again.said("norm") == "done before"
-    assert again.said("broken").startswith("peers")  # what failed is tried again
-    assert again.said("batches").startswith("batches")
-    assert again.record.rows[:-1] == whole.record.rows[:-1]  # and nothing measured twice
+    again = run(WHOLE, out, only=["ceilings", "norm", "batches"])
+    assert again.said("ceilings") == again.said("batches") == "done before"
+    assert again.said("norm").startswith("peers")
+    assert again.record.rows == whole.record.rows  # no time was taken twice, and none is lost
     assert again.record.ceilings == whole.record.ceilings
-    last = again.record.rows[-1]
-    assert (last.batch, last.status) == (3, "ok")
-    assert last.latency != whole.record.rows[-1].latency
-    assert read_record(batches).finished
-    for name in ("00-ceilings.json", "02-norm.json"):
+    assert read_record(norm).finished
+    for name in ("00-ceilings.json", "03-batches.json"):
         assert (out / "parts" / name).read_bytes() == before[name]
 
 
@@ -220,26 +219,33 @@ def test_only_the_parts_asked_for(first: Ran, both: Ran) -> None:
     assert "one, two" in caught.value.fix
 
 
-def test_what_another_code_or_machine_left_is_measured_again(both: Ran, copy: Path) -> None:
-    one, two = sorted((copy / "parts").iterdir())
-    edit(one, commit="0" * 40)
-    machine = json.loads(two.read_text())["environment"]
-    edit(two, environment={**machine, "cpu_model": "Another CPU"})
-    again = run(TWO, copy)
-    for name, path in (("one", one), ("two", two)):
-        assert again.said(name).startswith("batches")
-        stored, measured = read_record(both.part(name)), read_record(path)
-        assert measured.commit == stored.commit
-        assert measured.environment.cpu_model == stored.environment.cpu_model
-        assert len(measured.rows) == 1 and measured.rows[0].latency != stored.rows[0].latency
-
-
-def test_a_damaged_part_is_measured_again(copy: Path) -> None:
+def test_what_another_commit_left_is_measured_again(both: Ran, copy: Path) -> None:
     one = copy / "parts" / "00-one.json"
-    one.write_text(one.read_text()[:100])
+    edit(one, commit="0" * 40)
     again = run(TWO, copy)
     assert again.said("one").startswith("batches") and again.said("two") == "done before"
-    assert read_record(one).finished and again.record.finished
+    stored, measured = read_record(both.part("one")), read_record(one)
+    assert measured.commit == stored.commit and again.record.finished
+    assert len(measured.rows) == 1 and measured.rows[0].latency != stored.rows[0].latency
+
+
+@pytest.mark.parametrize("change", ["nothing", "commit", "cpu_model", "packages", "damage"])
+def test_what_is_not_of_this_code_and_machine_is_not_used(copy: Path, change: str) -> None:
+    one = copy / "parts" / "00-one.json"
+    machine = json.loads(one.read_text())["environment"]
+    if change == "commit":
+        edit(one, commit="0" * 40)
+    elif change == "damage":
+        one.write_text(one.read_text()[:100])
+    elif change != "nothing":
+        other = {"cpu_model": "Another CPU", "packages": {"torch": "0.0"}}[change]
+        edit(one, environment={**machine, change: other})
+    found = run(TWO, copy, only=["two"])
+    if change == "nothing":
+        assert [row.batch for row in found.record.rows] == [1, 2] and found.record.finished
+    else:
+        assert [row.batch for row in found.record.rows] == [2]
+        assert "not run: one" in found.record.notes
 
 
 def test_another_load_is_no_other_machine(copy: Path) -> None:

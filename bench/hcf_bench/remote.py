@@ -31,6 +31,10 @@ from hcf_bench.results import Stages
 from hcf_bench.worker import Spec
 
 LAST_LINES = 6
+# Where 4 KiB pages happen to lie in memory makes one process a few percent faster than another that
+# does the same, and the one that was started first slower; with 2 MiB pages far less of that is
+# left (measured, docs/benchmarking.md). Both sides get them, from glibc's allocator.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 STAGE_NAMES = ("text_ms", "denoise_ms", "decode_ms", "denoiser_calls")
 
 
@@ -96,14 +100,19 @@ class Worker:
             roots = [str(path) for path in self.paths]
             environment["PYTHONPATH"] = os.pathsep.join([*roots, *([known] if known else [])])
         environment["OMP_NUM_THREADS"] = str(self.spec.threads)
+        if self.spec.device == "cpu":
+            environment.setdefault("GLIBC_TUNABLES", HUGE_PAGES)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hcf_bench.worker"],
+            # without -P the current folder would be searched before the paths
+            [sys.executable, "-P", "-m", "hcf_bench.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=environment,
             start_new_session=True,  # it is killed with whatever it started
         )
+        if self.pause:
+            _pin(self._process.pid, self.spec.threads)
         answer = self._ask(self.spec.model_dump(mode="json"))
         self.ready, self.first = answer["ready"], answer.get("first", {})
 
@@ -227,6 +236,17 @@ def ask_once(spec: Spec, *, deadline: float) -> dict[str, Any]:
     """The one answer of a worker that is not timed from outside: ceilings, a profile."""
     with Worker(spec, deadline=deadline, pause=False) as worker:
         return worker.first
+
+
+def _pin(pid: int, threads: int) -> None:
+    """Keeps a process on the last `threads` of the processors this one may use.
+
+    A process that is stopped and continued returns to the processor it was on, so that two of them
+    would be compared on two processors, one of which serves the interrupts.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        usable = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(pid, usable[-threads:])
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

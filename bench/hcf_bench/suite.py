@@ -25,6 +25,7 @@ from hcf_bench.environment import Environment, read_environment, same_environmen
 from hcf_bench.gpu_state import read_gpu_state, require_exclusive, throttled
 from hcf_bench.parts import PARTS, Part, PartRun, SuiteConfig
 from hcf_bench.records import Record, Row, SelfTest, read_record, record_path
+from hcf_bench.remote import HUGE_PAGES
 from hcf_bench.report import terminal_table, write_text
 
 Log = Callable[[str], None]
@@ -284,6 +285,8 @@ def _write_merged(
 ) -> Record:
     now = datetime.now(UTC)
     notes = [note for r in records for note in r.notes]
+    if suite.device == "cpu":
+        notes.insert(0, f"workers run with GLIBC_TUNABLES={HUGE_PAGES}")
     if left:
         notes.append(f"not run: {', '.join(left)}")
     merged = Record(
