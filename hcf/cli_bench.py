@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 bench = typer.Typer(no_args_is_help=True, help="Time models, compare, explain, keep the results.")
 
 BUDGET_S = 540.0
+COMPARE_S = 300.0
 GPU_RECIPE, REHEARSAL_RECIPE = "gpu.yaml", "rehearsal.yaml"
 
 PairsOption = Annotated[int | None, typer.Option(min=1, help="Timed calls, or pairs of them.")]
@@ -119,7 +120,6 @@ def compare(
     Exit code 9: slower; 10: undecided; 11: not comparable.
     """
     from hcf_bench.references import compare_references
-
     from hcf_bench.results import write_result
 
     config = _config(
@@ -127,7 +127,7 @@ def compare(
         set,
         pairs=pairs,
         batch=batch,
-        budget_s=budget_s,
+        budget_s=COMPARE_S if budget_s is None and recipe is None else budget_s,
         threads=threads,
         threshold=threshold,
         floor_ms=floor_ms,

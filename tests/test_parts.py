@@ -112,7 +112,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Row]]:
         patch.syspath_prepend(folder)
         patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         __import__("bad_peers")
-        part = small("peers", baseline="eager", peers=[*BAD, "fine"])
+        part = small("peers", baseline="eager", peers=[*BAD, "fine"], pairs_s=4.0)
         yield by_name(run_part(part, CEILINGS)["rows"])
     del sys.modules["bad_peers"]
     PEERS.clear()
@@ -146,7 +146,8 @@ def test_a_row_is_held_against_the_ceilings_of_its_dtype(unet_row: Row) -> None:
 def test_a_peer_is_paired_with_the_baseline(rows: dict[str, Row]) -> None:
     row = rows["fine"]
     assert row.status == "ok" and row.baseline == "eager"
-    assert row.verdict is Verdict.SAME and row.pairs >= 6  # within a factor of twenty
+    # within a factor of twenty, unless the seconds did not do for six pairs
+    assert row.verdict is (Verdict.SAME if row.pairs >= 6 else Verdict.UNDECIDED)
     assert row.speedup is not None and row.speedup.low <= row.speedup.value <= row.speedup.high
     assert row.latency is not None and len(row.latency.samples_ms) >= row.pairs
     assert row.clock in ("wall", "cpu")
@@ -201,8 +202,8 @@ def test_a_profile_of_the_layers() -> None:
 
 def test_an_artefact_from_prompt_to_pixels(tiny_folder: Path) -> None:
     folder = f"{tiny_folder}@eager-fp32"
-    part = small("artifacts", "", baseline=folder, peers=["no/such/folder"], steps=2)
-    row, absent = run_part(part)["rows"]
+    part = small("artifacts", "", baseline=folder, peers=["no/such/folder"], steps=2, subject_s=0.1)
+    row, late = run_part(part)["rows"]
     assert row.status == "ok" and row.subject == "tiny, 2 steps, eager fp32", row.reason
     assert row.stages is not None and row.stages.denoiser_calls == 2
     assert row.latency is not None
@@ -210,7 +211,7 @@ def test_an_artefact_from_prompt_to_pixels(tiny_folder: Path) -> None:
     assert min(stages) > 0.0 and max(stages) < max(row.latency.samples_ms)
     assert row.throughput_per_s == pytest.approx(1e3 / row.latency.p50_ms)
     assert row.tflop is None and row.fraction_of_peak is None
-    assert absent.status == "failed" and "no/such/folder" in absent.reason
+    assert late.status == "timed_out" and "no/such/folder" in late.reason
 
 
 def test_names_are_looked_up_when_a_part_is_made() -> None:

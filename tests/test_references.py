@@ -20,19 +20,15 @@ from hcf.errors import HcfError, RecipeError
 from hcf.recipe import BenchConfig
 from hcf_bench.environment import read_environment
 from hcf_bench.records import Record, Row
-from hcf_bench.references import (
-    CHECKOUT,
-    Reference,
-    checked_out,
-    compare_references,
-    resolve,
-    source_roots,
-)
+from hcf_bench.references import compare_references
 from hcf_bench.results import Latency, Measurement, Side, write_result
+from hcf_bench.revisions import CHECKOUT, Reference, checked_out, resolve, source_roots
 from hcf_bench.statistics import Verdict
 
 # So wide a margin that a loaded machine cannot decide otherwise, and few pairs.
 CONFIG = BenchConfig(pairs=6, budget_s=20.0, threads=1, threshold=20.0)
+# A budget that the first launch of two processes fills: no verdict yet, but all else of it.
+ONE_LAUNCH = CONFIG.model_copy(update={"budget_s": 5.0})
 SETTINGS: dict[str, Any] = {"workload": "tiny/unet", "log": lambda line: None}
 
 
@@ -240,12 +236,15 @@ def test_a_worker_imports_its_own_commit(
 def test_two_commits_are_compared_side_by_side(repository: Path) -> None:
     lines: list[str] = []
     settings = {**SETTINGS, "log": lines.append}
-    found = compare_references("v1.0", "other", CONFIG, root=repository, **settings)
+    found = compare_references("v1.0", "other", ONE_LAUNCH, root=repository, **settings)
     shas = [git(repository, "rev-parse", f"{ref}^{{commit}}") for ref in ("v1.0", "other")]
     names = (f"v1.0 ({shas[0][:7]})", f"other ({shas[1][:7]})")
-    assert found.verdict is Verdict.SAME and found.paired and found.pairs >= 6, found.reason
+    assert found.verdict is Verdict.UNDECIDED and found.paired, found.reason
+    assert found.pairs == CONFIG.pairs * found.launches and "launches" in found.reason
+    assert found.speedup is not None and found.speedup.value > 0.0
     assert (found.baseline.name, found.candidate.name) == names
-    assert found.notes == tuple(f"{n}: sources of {s}" for n, s in zip(names, shas, strict=True))
+    sources = tuple(f"{n}: sources of {s}" for n, s in zip(names, shas, strict=True))
+    assert found.notes[1:] == sources
     assert found.workload == "tiny/unet by eager, batch 2"
     assert found.fidelity["max_abs_error"] == 0.0
     assert found.baseline.engines[0]["threads"] == 1
@@ -255,8 +254,8 @@ def test_two_commits_are_compared_side_by_side(repository: Path) -> None:
 @pytest.mark.slow
 def test_the_working_tree_runs_a_model_in_stages(repository: Path, model: Path) -> None:
     settings: dict[str, Any] = {"model": model, "log": lambda line: None}
-    found = compare_references("HEAD", ".", CONFIG, root=repository, **settings)
-    assert found.verdict is Verdict.SAME, found.reason
+    found = compare_references("HEAD", ".", ONE_LAUNCH, root=repository, **settings)
+    assert found.verdict is Verdict.UNDECIDED, found.reason
     assert found.workload == "pipeline end to end, batch 1"
     for side in (found.baseline, found.candidate):
         assert side.stages is not None and side.stages.denoise_ms > 0.0
@@ -295,8 +294,8 @@ def test_two_folders_share_a_process_or_take_one_each(model: Path) -> None:
     one = compare_references(ref, ref, CONFIG, log=lines.append)
     assert one.verdict is Verdict.SAME
     assert lines[:2] == ["compare artefact with artefact", "load artefact on auto"]
-    two = compare_references(ref, ref, CONFIG, processes=2, log=lines.append)
-    assert two.verdict is Verdict.SAME and two.notes == ("each side in a process of its own",)
+    two = compare_references(ref, ref, ONE_LAUNCH, processes=2, log=lines.append)
+    assert two.verdict is Verdict.UNDECIDED and "a process of its own" in two.notes[0]
     assert two.baseline.name == "artefact, 2 steps, eager fp32"
     assert (two.workload, two.baseline.sampling) == (one.workload, one.baseline.sampling)
     assert two.candidate.stages is not None and two.fidelity == {}

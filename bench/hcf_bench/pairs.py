@@ -220,13 +220,14 @@ def compare_subjects(
     environment: Environment | None = None,
     notes: tuple[str, ...] = (),
     calls: int | None = None,
+    most_pairs: int = MOST_PAIRS,
 ) -> Comparison:
     """Checks both outputs, warms both sides up, interleaves them, decides.
 
     Args:
         baseline, candidate: the two sides.
         workload: what is timed, in words; stored results are only compared under the same words.
-        pairs, budget_s, seed, threshold, floor_ms, settle_s: see `interleave`.
+        pairs, budget_s, seed, threshold, floor_ms, settle_s, most_pairs: see `interleave`.
         warmup: calls of each side after the first that do not count.
         device, clock: see `time_once`.
         threads: that both sides were given; written into the fingerprint.
@@ -243,6 +244,7 @@ def compare_subjects(
         return sample_call(lambda: subject.run(index), device, clock)
 
     def comparison(verdict: Verdict, reason: str, found: PairedTimes | None) -> Comparison:
+        waiting = found.contention if found else None
         sides = []
         for number, subject in enumerate((baseline, candidate)):
             times = (found.baseline, found.candidate)[number] if found else ()
@@ -271,9 +273,7 @@ def compare_subjects(
             pairs=found.statistics.pairs if found else 0,
             decision_confidence=found.decision_confidence if found else CONFIDENCE,
             clock="device" if clock == "device" else found.clock if found else "wall",
-            contention=None
-            if not found or found.contention is None
-            else round(found.contention, 4),
+            contention=None if waiting is None else round(waiting, 4),
             speedup_wall=Bounds.of(found.wall.speedup) if found else None,
             threshold=threshold,
             floor_ms=floor_ms,
@@ -313,6 +313,7 @@ def compare_subjects(
         seed=seed,
         threshold=threshold,
         floor_ms=floor_ms,
+        most_pairs=most_pairs,
         settle_s=settle_s,
         usage=tuple(dict.fromkeys((baseline.usage, candidate.usage))),
         calls=calls,

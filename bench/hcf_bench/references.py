@@ -14,22 +14,20 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, chdir, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from hcf.artifact import MANIFEST, read_manifest
-from hcf.errors import HcfError, InvalidArtifact, MissingDependency, RecipeError
+from hcf.errors import InvalidArtifact, RecipeError
 from hcf.recipe import BenchConfig
 from hcf_bench.compare import PROMPTS, compare_artifacts
 from hcf_bench.environment import Environment, read_environment, same_environment
+from hcf_bench.launches import compare_launches
 from hcf_bench.pairs import (
     Subject,
     compare_subjects,
@@ -38,7 +36,7 @@ from hcf_bench.pairs import (
     unequal_threads,
 )
 from hcf_bench.records import Record, read_record
-from hcf_bench.remote import Worker, WorkerFailed, WorkerTimeout
+from hcf_bench.remote import HUGE_PAGES, Worker, WorkerFailed, WorkerTimeout
 from hcf_bench.results import (
     Comparison,
     Latency,
@@ -47,38 +45,25 @@ from hcf_bench.results import (
     compare_measurements,
     read_result,
 )
+from hcf_bench.revisions import (
+    CHECKOUT,
+    MODEL_FILES,
+    Reference,
+    checked_out,
+    resolve,
+    source_roots,
+)
 from hcf_bench.statistics import Verdict
-from hcf_bench.suite import source_commit
 from hcf_bench.worker import Spec
 
 Log = Callable[[str], None]
-Kind = Literal["folder", "result", "commit", "tree"]
-CHECKOUT = Path(__file__).parents[2]
 SHIPPED_MODEL = CHECKOUT / "models/weights/taiji-sd-mini"
 CODE = ("commit", "tree")
-MODEL_FILES = ("model_index.json", MANIFEST)
 ALLOWANCE_S = 300.0  # for a side to start, to load its model and to run the first time
-GIT_S, BUILD_S = 300.0, 1800.0
-LAST_LINES = 6
-# A git hook sets these for its own repository, and `git -C` would follow them.
-GIT_PLACES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 POSSIBLE = (
     "compare two model folders, two commits (or a commit and `.`) on one model or workload, or "
     "either with a stored .json as the baseline"
 )
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What a name means. `path` is the folder, the file or the working tree; a commit has none.
-
-    `sha` is the commit's, with "-dirty" for a working tree that differs from it.
-    """
-
-    kind: Kind
-    label: str
-    path: Path | None = None
-    sha: str = ""
 
 
 Sides = tuple[Reference, Reference]
@@ -122,61 +107,6 @@ class Plan:
     def deadline(self, extra_s: float = 0.0) -> float:
         """`time.monotonic()` by which a side that is asked now must have answered."""
         return time.monotonic() + self.allowance_s + extra_s
-
-
-def resolve(ref: str, root: Path) -> Reference:
-    """What `ref` names: "." the working tree around `root`, a model, a stored .json, a revision.
-
-    A path goes before a revision of the same name; the label then says which was meant.
-
-    Raises:
-        RecipeError: none of these; says what was tried, and which names are near.
-    """
-    if ref == ".":
-        found = _git(root, "rev-parse", "--show-toplevel")
-        tree = Path(found.stdout.strip()) if found.returncode == 0 else root.resolve()
-        sha = source_commit(tree)
-        return Reference("tree", f"working tree ({_short(sha)})", tree, sha)
-    path, sha = Path(ref), _revision(ref, root)
-    is_model = any((path / name).is_file() for name in MODEL_FILES)
-    if is_model or (path.is_file() and path.suffix == ".json"):
-        label = f"{ref} (the path, not commit {_short(sha)})" if sha else path.resolve().name
-        return Reference("folder" if is_model else "result", label, path)
-    if sha:
-        meant = f"commit {_short(sha)}, not the path" if path.exists() else _short(sha)
-        label = _short(sha) if sha.startswith(ref) else f"{ref} ({meant})"
-        return Reference("commit", label, None, sha)
-    raise _unknown(ref, path, root)
-
-
-@contextmanager
-def checked_out(sha: str, root: Path) -> Iterator[Path]:
-    """The commit as a folder of its own, built where it must be, and gone afterwards.
-
-    Raises:
-        HcfError: git cannot check it out, or its extension does not build; with the last lines.
-    """
-    with tempfile.TemporaryDirectory(prefix="hcf-bench-", ignore_cleanup_errors=True) as folder:
-        tree = Path(folder) / sha[:12]
-        try:
-            added = _git(root, "worktree", "add", "--quiet", "--detach", str(tree), sha)
-            if added.returncode != 0:
-                raise HcfError(f"git cannot check out {sha[:12]}: {_last_lines(added.stderr)}")
-            _build_extension(tree)
-            yield tree
-        finally:
-            _git(root, "worktree", "remove", "--force", str(tree))
-            _git(root, "worktree", "prune")
-
-
-def source_roots(tree: Path) -> tuple[Path, ...]:
-    """Folders that a worker of `tree` imports from, before all others.
-
-    The harness is that of this checkout whatever the tree: times are only comparable if both sides
-    were measured by the same code, and an old commit may have another harness or none.
-    """
-    roots = (tree, tree / "kernels", tree / "models", CHECKOUT / "bench")
-    return tuple(root.resolve() for root in roots if root.is_dir())
 
 
 def compare_references(
@@ -232,68 +162,95 @@ def compare_references(
 
 @contextmanager
 def running(
-    side: Reference, root: Path, plan: Plan, number: Literal[0, 1]
+    side: Reference, tree: Path | None, plan: Plan, number: Literal[0, 1]
 ) -> Iterator[tuple[Worker, Subject]]:
-    """A warm worker with the side's code, and the same as a subject whose failures name the side.
+    """A warm worker with the code in `tree`, and the same as a subject whose failures name the
+    side.
 
     Raises:
-        RecipeError: the side's code is not this toolkit.
         WorkerFailed, WorkerTimeout: the message begins with the side's label.
     """
-    with ExitStack() as stack:
-        tree = side.path if side.kind == "tree" else None
-        if side.kind == "commit":
-            plan.log(f"check out {side.label}")
-            tree = stack.enter_context(checked_out(side.sha, root))
-        if tree is not None and not (tree / "hcf/__init__.py").is_file():
-            # the installed one would be imported in its place, and be compared with itself
-            raise RecipeError(f"{side.label} holds no sources of hcf", "name a commit that does")
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="hcf-bench-"))
+    with tempfile.TemporaryDirectory(prefix="hcf-bench-") as scratch, ExitStack() as stack:
         paths = source_roots(tree) if tree is not None else ()
-        spec = _spec(side, plan, number, scratch)
-        plan.log(f"start {side.label}")
-        # `python -m` searches the current folder before PYTHONPATH: started in a checkout, every
-        # side would run that checkout.
-        with chdir(tree or Path.cwd()), _blaming(side):
-            worker = Worker(spec, deadline=plan.deadline(), paths=paths)
-            stack.enter_context(worker)
+        with _blaming(side):
+            worker = stack.enter_context(
+                Worker(_spec(side, plan, number, scratch), deadline=plan.deadline(), paths=paths)
+            )
         yield worker, _subject(worker, side)
 
 
+def _sources(side: Reference, root: Path, plan: Plan, stack: ExitStack) -> Path | None:
+    """The side's code as a folder, checked out for as long as the stack; None for a model.
+
+    Raises RecipeError where it is not this toolkit.
+    """
+    tree = side.path if side.kind == "tree" else None
+    if side.kind == "commit":
+        plan.log(f"check out {side.label}")
+        tree = stack.enter_context(checked_out(side.sha, root))
+    if tree is not None and not (tree / "hcf/__init__.py").is_file():
+        # the installed one would be imported in its place, and be compared with itself
+        raise RecipeError(f"{side.label} holds no sources of hcf", "name a commit that does")
+    return tree
+
+
 def _side_by_side(sides: Sides, plan: Plan, root: Path) -> Comparison:
-    """Two workers that take turns: two versions of the code, or two folders."""
+    """Two workers that take turns, launched several times: two versions of the code, or folders."""
     is_code = sides[0].kind in CODE
-    notes: tuple[str, ...] = ("each side in a process of its own",)
+    notes: tuple[str, ...] = (f"each side in a process of its own, {HUGE_PAGES}",)
     if is_code:
-        notes = tuple(f"{side.label}: sources of {side.sha}" for side in sides)
+        notes += tuple(f"{side.label}: sources of {side.sha}" for side in sides)
     if is_code and sides[0].sha == sides[1].sha:
         notes += ("the same sources on both sides: anything but SAME is a false alarm",)
-    try:
-        with running(sides[0], root, plan, 0) as one, running(sides[1], root, plan, 1) as two:
-            plan.log("time interleaved pairs")
-            for worker, _ in (one, two):
-                worker.deadline = plan.deadline(plan.config.budget_s)
-            found = compare_subjects(
-                one[1],
-                two[1],
-                workload=plan.words,
-                pairs=plan.config.pairs,
+    with ExitStack() as stack:
+        trees = (_sources(sides[0], root, plan, stack), _sources(sides[1], root, plan, stack))
+        try:
+            return compare_launches(
+                lambda number: _launch(sides, trees, plan, number, is_code, notes),
                 budget_s=plan.config.budget_s,
                 seed=plan.config.seed,
-                warmup=0,  # they are warm when they are ready
-                clock="device" if plan.device.startswith("cuda") else "host",
-                threads=plan.environment.threads,
-                fidelity=output_distance if is_code else None,
-                environment=plan.environment,
-                notes=notes,
+                log=plan.log,
                 **plan.margins,
             )
-            before = found.baseline.model_copy(update={"stages": one[0].median_stages()})
-            after = found.candidate.model_copy(update={"stages": two[0].median_stages()})
-            return found.model_copy(update={"baseline": before, "candidate": after})
-    except (WorkerFailed, WorkerTimeout) as error:
-        names = (sides[0].label, sides[1].label)
-        return _invalid(error.message, names, plan, paired=True, notes=notes)
+        except (WorkerFailed, WorkerTimeout) as error:
+            names = (sides[0].label, sides[1].label)
+            return _invalid(error.message, names, plan, paired=True, notes=notes)
+
+
+def _launch(
+    sides: Sides,
+    trees: tuple[Path | None, Path | None],
+    plan: Plan,
+    number: int,
+    is_code: bool,
+    notes: tuple[str, ...],
+) -> Comparison:
+    """Both sides started anew, the candidate first every other time, and `config.pairs` pairs."""
+    order: tuple[Literal[0, 1], ...] = (0, 1) if number % 2 == 0 else (1, 0)
+    with ExitStack() as stack:
+        started = {i: stack.enter_context(running(sides[i], trees[i], plan, i)) for i in order}
+        one, two = started[0], started[1]
+        for worker, _ in (one, two):
+            worker.deadline = plan.deadline(plan.config.budget_s)
+        found = compare_subjects(
+            one[1],
+            two[1],
+            workload=plan.words,
+            pairs=plan.config.pairs,
+            most_pairs=plan.config.pairs,
+            budget_s=plan.config.budget_s,
+            seed=plan.config.seed + number,
+            warmup=0,  # they are warm when they are ready
+            clock="device" if plan.device.startswith("cuda") else "host",
+            threads=plan.environment.threads,
+            fidelity=output_distance if is_code else None,
+            environment=plan.environment,
+            notes=notes,
+            **plan.margins,
+        )
+        before = found.baseline.model_copy(update={"stages": one[0].median_stages()})
+        after = found.candidate.model_copy(update={"stages": two[0].median_stages()})
+        return found.model_copy(update={"baseline": before, "candidate": after})
 
 
 def _against_stored(sides: Sides, plan: Plan, root: Path) -> Comparison:
@@ -302,7 +259,9 @@ def _against_stored(sides: Sides, plan: Plan, root: Path) -> Comparison:
     subject = Side(name=sides[1].label)
     if not same_environment(stored.environment, plan.environment):
         try:
-            with running(sides[1], root, plan, 1) as (worker, timed):
+            with ExitStack() as stack:
+                tree = _sources(sides[1], root, plan, stack)
+                worker, timed = stack.enter_context(running(sides[1], tree, plan, 1))
                 subject = _measure(worker, timed, plan)
         except (WorkerFailed, WorkerTimeout) as error:
             names = (stored.subject.name, sides[1].label)
@@ -479,59 +438,6 @@ def _refuse(sides: Sides, plan: Plan, processes: int | None) -> None:
         raise RecipeError(message, "give a model folder, or a workload")
 
 
-def _build_extension(tree: Path) -> None:
-    """The CUDA extension of a checked-out commit, where this machine builds it at all."""
-    if os.environ.get("HCF_BUILD_CUDA") != "1" or not (tree / "setup.py").is_file():
-        return
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    try:
-        built = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=BUILD_S)
-    except subprocess.TimeoutExpired:
-        raise HcfError(f"{tree.name}: its extension was not built in {BUILD_S:g} s") from None
-    if built.returncode != 0:
-        said = f"{tree.name}: its extension does not build: {_last_lines(built.stderr)}"
-        raise HcfError(said, "compare without it: unset HCF_BUILD_CUDA")
-
-
-def _revision(ref: str, root: Path) -> str:
-    """The commit's full hash; "" where `ref` is none."""
-    if ref.startswith("-"):
-        return ""
-    found = _git(root, "rev-parse", "--quiet", "--verify", f"{ref}^{{commit}}")
-    return found.stdout.strip() if found.returncode == 0 else ""
-
-
-def _unknown(ref: str, path: Path, root: Path) -> RecipeError:
-    tried = "there is no such path"
-    if path.exists():
-        tried = f"the path is no .json and has no {' and no '.join(MODEL_FILES)}"
-    shallow = _git(root, "rev-parse", "--is-shallow-repository")
-    if shallow.returncode != 0:
-        tried += f", and git says: {_last_lines(shallow.stderr)}"
-    else:
-        tried += ", and no such commit, branch or tag"
-    if shallow.stdout.strip() == "true":
-        tried += " in this shallow clone (`git fetch --unshallow` gets the rest)"
-    names = _git(root, "for-each-ref", "--format=%(refname:short)").stdout.split()
-    near = difflib.get_close_matches(ref, names, 3, 0.5)
-    return RecipeError(
-        f"{ref!r} is nothing that can be compared: {tried}",
-        (f"did you mean {', '.join(near)}? " if near else "")
-        + "give a model folder, a stored .json, a commit, branch or tag, or `.`",
-    )
-
-
-def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["git", "-C", str(root), "-c", f"core.hooksPath={os.devnull}", *arguments]
-    places = {name: value for name, value in os.environ.items() if name not in GIT_PLACES}
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=GIT_S, env=places)
-    except FileNotFoundError:
-        raise MissingDependency("git is not installed", "install git") from None
-    except subprocess.TimeoutExpired:
-        raise HcfError(f"git {arguments[0]} took longer than {GIT_S:g} s") from None
-
-
 @contextmanager
 def _blaming(side: Reference) -> Iterator[None]:
     """Puts the side's name before what its worker failed with."""
@@ -539,12 +445,3 @@ def _blaming(side: Reference) -> Iterator[None]:
         yield
     except (WorkerFailed, WorkerTimeout) as error:
         raise type(error)(f"{side.label}: {error.message}", error.fix) from error
-
-
-def _last_lines(text: str) -> str:
-    return "; ".join(line.strip() for line in text.strip().splitlines()[-LAST_LINES:])
-
-
-def _short(sha: str) -> str:
-    """Its first seven characters, with "-dirty" where it has it."""
-    return sha[:7] + sha[sha.index("-") :] if "-" in sha else sha[:7]

@@ -133,6 +133,7 @@ class Comparison(BaseModel):
     speedup: Bounds | None = None
     saved_ms: Bounds | None = None
     pairs: int = 0
+    launches: int = 1
     decision_confidence: float = CONFIDENCE
     # "wall", or "cpu" where other work kept the threads waiting, or "device"
     clock: Literal["wall", "cpu", "device"] = "wall"
@@ -155,6 +156,7 @@ class Comparison(BaseModel):
             f"{self.workload}: {self.verdict}, {self.candidate.name} is {s.value:.3g}x "
             f"[{s.low:.3g}, {s.high:.3g}] as fast as {self.baseline.name} "
             f"({'interleaved pairs' if self.paired else 'unpaired'}: {self.pairs}"
+            f"{f' in {self.launches} launches' if self.launches > 1 else ''}"
             f"{', processor time' if self.clock == 'cpu' else ''})"
         )
 
