@@ -145,7 +145,6 @@ def test_processor_time_counts_every_thread() -> None:
 
 
 @linux
-@pytest.mark.xfail(strict=True, reason="clocks.py: FileNotFoundError of a thread that ended")
 def test_threads_that_come_and_go_hide_nothing() -> None:
     stop = threading.Event()
 

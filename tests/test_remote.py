@@ -143,7 +143,6 @@ def test_a_crash_between_requests_is_named() -> None:
             worker.sample(0)
 
 
-@pytest.mark.xfail(strict=True, reason="remote.py: killpg of a group that is gone")
 def test_a_worker_that_died_stays_dead() -> None:
     with Worker(BLOCKS, deadline=soon()) as worker:
         process_of(worker).kill()

@@ -265,7 +265,6 @@ def test_without_resume_a_part_is_measured_again(both: Ran, copy: Path) -> None:
     assert row.batch == 2 and row.latency != both.record.rows[1].latency
 
 
-@pytest.mark.xfail(strict=True, reason="suite.py: resume does not look at the part's recipe")
 def test_a_recipe_that_changed_is_not_done_before(copy: Path) -> None:
     more = suite_of({"name": "one", **BATCHES, "batches": [1, 3]}, {"name": "two", **BATCHES})
     assert [row.batch for row in run(more, copy, only=["one"]).record.rows][:2] == [1, 3]

@@ -60,7 +60,7 @@ def read_usage(pid: int | None = None) -> Usage | None:
         for task in tasks.iterdir():
             try:
                 cells = (task / "schedstat").read_text().split()
-            except ProcessLookupError:
+            except (FileNotFoundError, ProcessLookupError):
                 continue  # the thread ended while it was listed
             ran += int(cells[0])
             waited += int(cells[1])

@@ -1,6 +1,7 @@
 """What a suite is made of: each kind of part measures one thing and hands over rows as it goes.
 
-Everything that is timed runs in workers; the process of the suite itself never touches the device.
+Everything that is timed runs in workers, but for the self-test, which is about timing in one
+process; the process of the suite itself never touches the device.
 """
 
 from __future__ import annotations
@@ -81,8 +82,10 @@ class Part(Config):
 
             for name in (*([self.baseline] if self.kind == "peers" else []), *self.peers):
                 find_peer(name)
-        if self.kind == "profile" and not self.dtypes:
-            raise ValueError("a profile needs dtypes, such as [bf16]")
+        needed = {"profile": "dtypes", "ceilings": "dtypes", "batches": "batches",
+                  "artifacts": "baseline"}.get(self.kind)  # fmt: skip
+        if needed and not getattr(self, needed):
+            raise ValueError(f"a part of kind {self.kind} needs {needed}")
         return self
 
 
@@ -206,6 +209,11 @@ def run_peers(run: PartRun) -> None:
                     continue
                 if run.over():
                     return
+                if not baseline.alive:
+                    run.emit("notes", f"{part.name}: {part.baseline} died and was started again")
+                    baseline.close()
+                    baseline = Worker(baseline.spec, deadline=run.deadline)
+                    baseline.start()
                 row = _against(run, baseline, peer, batch, scratch, wanted)
                 run.emit("rows", row)
                 run.log(f"  {_line(row)}")
@@ -255,9 +263,16 @@ def run_artifacts(run: PartRun) -> None:
 
 def run_selftest_part(run: PartRun) -> None:
     """Comparisons whose truth is known."""
-    from hcf_bench.selftest import SelfTestConfig, run_selftest
+    from hcf_bench.selftest import BUDGET_S, SelfTestConfig, run_selftest
 
-    config = SelfTestConfig(comparisons=run.part.comparisons, load=run.part.load)
+    # a comparison that is out of its budget is undecided: the part ends within its box
+    each_s = (run.deadline - time.monotonic()) / (2 * run.part.comparisons)
+    config = SelfTestConfig(
+        comparisons=run.part.comparisons,
+        load=run.part.load,
+        budget_s=min(each_s, BUDGET_S),
+        seed=run.suite.seed,
+    )
     for test in run_selftest(config, run.log):
         run.emit("selftests", test)
 

@@ -152,6 +152,7 @@ class Record(BaseModel):
     command: str
     environment: Environment
     finished: bool = True
+    recipe: str = ""  # of a suite's part: a hash of what was asked for
     spent_s: float = 0.0
     ceilings: tuple[Ceiling, ...] = ()
     rows: tuple[Row, ...] = ()

@@ -117,6 +117,11 @@ class Worker:
         self.ready, self.first = answer["ready"], answer.get("first", {})
 
     @property
+    def alive(self) -> bool:
+        """Whether it can be asked."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def memory(self) -> Memory:
         """Peaks while the subject was built and ran first."""
         return Memory.model_validate(self.ready.get("memory") or {})
@@ -176,12 +181,14 @@ class Worker:
         process = self._process
         if process is None or process.stdin is None:
             raise WorkerFailed(f"{self._name()} is not running")
-        if self.pause:
-            os.killpg(process.pid, signal.SIGCONT)
+        if process.poll() is not None:
+            raise self._died()
         try:
+            if self.pause:
+                os.killpg(process.pid, signal.SIGCONT)
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, ProcessLookupError):
             raise self._died() from None
         found: dict[str, Any] = json.loads(self._read_line())
         if self.pause and process.poll() is None:

@@ -40,9 +40,12 @@ MOST_FALSE_ALARMS = 0.005
 LEAST_CAUGHT = 0.99
 MOST_UNDECIDED = 0.05
 MOST_SECONDS = 300.0
+BUDGET_S = 290.0  # the pair that runs when it ends is still finished
 
-SPIN = "while True: pass"
-STREAM = "a = bytearray(1 << 26); b = bytes(1 << 26)\nwhile True: a[:] = b"
+# SIGKILL when the parent dies (PR_SET_PDEATHSIG), or a killed self-test would leave them running
+DIE = "import ctypes, sys\nif sys.platform == 'linux': ctypes.CDLL(None).prctl(1, 9)\n"
+SPIN = DIE + "while True: pass"
+STREAM = DIE + "a = bytearray(1 << 26); b = bytes(1 << 26)\nwhile True: a[:] = b"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class SelfTestConfig:
     slowdown: float = 0.02
     threshold: float = 0.01
     load: int = 4
-    budget_s: float = MOST_SECONDS
+    budget_s: float = BUDGET_S
     threads: int = 1
     processes: int = 1
     blocks: int = BLOCKS
@@ -122,7 +125,7 @@ def failures(tests: tuple[SelfTest, ...] | list[SelfTest], *, allowance: int = 0
         most = int(MOST_UNDECIDED * t.comparisons) + allowance
         if t.undecided > most:
             found.append(f"{t.name}: {t.undecided} of {t.comparisons} undecided, at most {most}")
-        if t.seconds_max > MOST_SECONDS * 1.05:
+        if t.seconds_max > MOST_SECONDS:
             found.append(f"{t.name}: a comparison took {t.seconds_max:.0f} s")
     return found
 

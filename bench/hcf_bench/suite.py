@@ -10,6 +10,8 @@ failed are tried again. The merged record lies beside them, the table is printed
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from hcf import __version__
 from hcf.errors import HcfError, InvalidArtifact, RecipeError
 from hcf.recipe import apply_overrides, parse, read_tree
 from hcf_bench.environment import Environment, read_environment, same_environment
@@ -95,7 +98,7 @@ def run_suite(
     left: list[str] = []
     for number, part in enumerate(suite.parts):
         path = folder / f"{number:02d}-{part.name}.json"
-        earlier = _earlier(path, environment, commit) if resume else None
+        earlier = _earlier(path, environment, commit, part_hash(suite, part)) if resume else None
         if earlier is not None and earlier.finished and not _failed(earlier.rows):
             log(f"[{part.name}] done before")
             records.append(earlier)
@@ -152,8 +155,13 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def source_commit(root: Path | None = None) -> str:
-    """The commit of the sources, "-dirty" where they differ from it; a hash of them without git."""
+    """The commit of the sources, with "-dirty" and their hash where they differ from it.
+
+    Without git it is their hash, and of installed packages the version.
+    """
     root = root or Path(__file__).parents[2]
+    if not (root / "bench" / "hcf_bench").is_dir():
+        return f"hcf-{__version__}"
     try:
         git = ["git", "-C", str(root)]
         head = subprocess.run(
@@ -165,7 +173,7 @@ def source_commit(root: Path | None = None) -> str:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return _source_hash(root)
-    return f"{head[:12]}-dirty" if changed else head
+    return f"{head[:12]}-dirty-{_source_hash(root)}" if changed else head
 
 
 def require_device(device: str) -> None:
@@ -200,7 +208,8 @@ def _run_part(
     """One part, written after every row. Whatever it raises becomes a row, not the suite's end."""
     now = datetime.now(UTC)
     began = time.monotonic()
-    kept = [row for row in earlier.rows if row.status == "ok"] if earlier else []
+    resumable = earlier is not None and part.kind in ("peers", "batches")
+    kept = [row for row in earlier.rows if row.status == "ok"] if earlier and resumable else []
     state: dict[str, list[Any]] = {
         "ceilings": [], "rows": kept, "profiles": [], "selftests": [], "notes": [],
     }  # fmt: skip
@@ -214,6 +223,7 @@ def _run_part(
             command=command,
             environment=environment,
             finished=finished,
+            recipe=part_hash(suite, part),
             spent_s=round(time.monotonic() - began + (earlier.spent_s if earlier else 0.0), 1),
             **{key: tuple(value) for key, value in state.items()},
         )
@@ -235,17 +245,20 @@ def _run_part(
     finished = True
     try:
         PARTS[part.kind](run)
-    except HcfError as error:
+    except Exception as error:  # one part must not cost the others
         finished = False
+        reason = (
+            error.message if isinstance(error, HcfError) else f"{type(error).__name__}: {error}"
+        )
         failed = Row(
             workload=part.workload or part.kind,
             subject=part.name,
             device=suite.device,
             status="failed",
-            reason=error.message,
+            reason=reason,
         )
         emit("rows", failed)
-        log(f"[{part.name}] failed: {error.message}")
+        log(f"[{part.name}] failed: {reason}")
     for reason in throttled(gpu, read_gpu_state(suite.device)):
         emit("notes", f"{part.name}: {reason}")
     if time.monotonic() >= run.deadline:
@@ -256,15 +269,24 @@ def _run_part(
     return done
 
 
-def _earlier(path: Path, environment: Environment, commit: str) -> Record | None:
-    """What an earlier run of the same code on the same machine left of this part."""
+def part_hash(suite: SuiteConfig, part: Part) -> str:
+    """Of everything a part's rows depend on that the recipe says; time boxes are not among it."""
+    asked = part.model_dump(mode="json", exclude={"box_s", "subject_s", "least_s"})
+    text = json.dumps([suite.device, suite.threads, suite.seed, asked], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _earlier(path: Path, environment: Environment, commit: str, recipe: str) -> Record | None:
+    """What an earlier run of the same part by the same code on the same machine left."""
     if not path.is_file():
         return None
     try:
         found = read_record(path)
     except InvalidArtifact:
         return None
-    if found.commit != commit or same_environment(found.environment, environment):
+    if found.commit != commit or found.recipe != recipe:
+        return None
+    if same_environment(found.environment, environment):
         return None
     return found
 
@@ -309,11 +331,9 @@ def _write_merged(
 
 
 def _source_hash(root: Path) -> str:
-    import hashlib
-
     digest = hashlib.sha256()
     for source in SOURCES:
         for path in sorted((root / source).rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode())
             digest.update(path.read_bytes())
-    return f"src{digest.hexdigest()[:12]}"
+    return f"src{digest.hexdigest()[:9]}"
