@@ -197,7 +197,11 @@ def run_peers(run: PartRun) -> None:
                 baseline.start()
                 _check_output(baseline, part.baseline, wanted)
             except HcfError as error:
-                run.emit("rows", _row(run, part.baseline, batch, _status(error), error.message))
+                row = _row(run, part.baseline, batch, _status(error), error.message)
+                run.emit("rows", row)
+                run.log(f"  {_line(row)}")
+                if row.status == "missing":
+                    return
                 raise HcfError(
                     f"the baseline {part.baseline} cannot run: {error.message}", error.fix
                 ) from error

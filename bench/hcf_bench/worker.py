@@ -89,6 +89,9 @@ def main() -> None:
     except BaseException as error:
         fix = error.fix if isinstance(error, HcfError) else ""
         message = error.message if isinstance(error, HcfError) else f"{error}"
+        absent = isinstance(error, ModuleNotFoundError)
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            fix = f"pip install {error.name.partition('.')[0]}"
         _answer(
             answers,
             {
@@ -96,7 +99,7 @@ def main() -> None:
                     "type": type(error).__name__,
                     "message": message or type(error).__name__,
                     "fix": fix,
-                    "missing": isinstance(error, MissingDependency),
+                    "missing": absent or isinstance(error, MissingDependency),
                 }
             },
         )
