@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from hcf import cli_bench, cli_data, cli_measure, cli_stages
+from hcf import cli_bench, cli_data, cli_measure, cli_stages, cli_suite
 from hcf.artifact import is_disk_full
 from hcf.errors import HcfError, InvalidArtifact, StorageError
 from hcf.terminal import (
@@ -139,6 +139,8 @@ def run(
 for verb in (cli_stages.distill, cli_stages.quantize, cli_stages.export, cli_stages.build):
     app.command()(verb)
 app.command()(cli_measure.check)
+for verb in (cli_suite.peers, cli_suite.profile, cli_suite.suite, cli_suite.gpu):
+    cli_bench.bench.command()(verb)
 app.add_typer(cli_bench.bench, name="bench")
 app.add_typer(cli_data.data, name="data")
 app.command()(cli_data.train)

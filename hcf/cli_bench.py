@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hcf.errors import InvalidComparison, MissingDependency, Regression, RowsFailed, Undecided
+from hcf.errors import InvalidComparison, Regression, Undecided
 from hcf.terminal import (
     EngineOption,
     Format,
     FormatOption,
-    Log,
     ModelOption,
     PrecisionOption,
     RecipeOption,
@@ -25,15 +24,12 @@ from hcf.terminal import (
 )
 
 if TYPE_CHECKING:
-    from hcf_bench.parts import SuiteConfig
     from hcf_bench.records import Record
     from hcf_bench.results import Comparison
 
 bench = typer.Typer(no_args_is_help=True, help="Time models, compare, explain, keep the results.")
 
-BUDGET_S = 540.0
 COMPARE_S = 300.0
-GPU_RECIPE, REHEARSAL_RECIPE = "gpu.yaml", "rehearsal.yaml"
 
 PairsOption = Annotated[int | None, typer.Option(min=1, help="Timed calls, or pairs of them.")]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Images at a time.")]
@@ -45,10 +41,6 @@ MarkdownOption = Annotated[Path | None, typer.Option("--markdown", help="Markdow
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda[:n].")]
 ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of stored records.")]
 StoreOption = Annotated[bool, typer.Option("--store", help="Also keep the record under --results.")]
-PartsOption = Annotated[
-    Path | None, typer.Option("--parts", help="Where parts are kept; default OUTPUT/parts.")
-]
-ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Use finished parts.")]
 WorkloadArgument = Annotated[str, typer.Argument(help="Such as sd15/unet; see hcf bench list.")]
 RESULTS = Path("bench/results")
 
@@ -146,147 +138,9 @@ def compare(
     )
     if output:
         write_result(output, found)
-    _write_reports(junit, markdown, found)
+    write_reports(junit, markdown, found)
     finish(format, found.headline(), found.model_dump(mode="json"))
     _exit_on(found, baseline, candidate)
-
-
-@bench.command("peers")
-def peers(
-    workload: WorkloadArgument,
-    peer: Annotated[
-        list[str] | None, typer.Option("--peer", "-p", help="Repeatable; by default all.")
-    ] = None,
-    baseline: Annotated[
-        str, typer.Option("--baseline", "-b", help="What all are held against.")
-    ] = "eager",
-    batch: BatchOption = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of a pipeline.")] = None,
-    pairs: Annotated[int, typer.Option(min=1, help="Before the first look.")] = 8,
-    pairs_s: Annotated[float, typer.Option(help="Seconds of pairs for each peer.")] = 60.0,
-    subject_s: Annotated[float, typer.Option(help="Seconds until a peer is killed.")] = 600.0,
-    budget_s: Annotated[float, typer.Option("--budget", help="Seconds in all.")] = 3600.0,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    output: FolderOption = Path("out/bench"),
-    results: ResultsOption = RESULTS,
-    store: StoreOption = False,
-    junit: JunitOption = None,
-    markdown: MarkdownOption = None,
-    format: FormatOption = Format.human,
-) -> None:
-    """Run one workload by every peer that is here, each against the baseline, in pairs."""
-    from hcf_bench.parts import Part, SuiteConfig
-    from hcf_bench.peers import PEERS
-
-    part = Part(
-        name="peers",
-        kind="peers",
-        workload=workload,
-        baseline=baseline,
-        peers=peer or [name for name in PEERS if name != baseline],
-        batch=batch,
-        steps=steps,
-        pairs=pairs,
-        pairs_s=pairs_s,
-        subject_s=subject_s,
-        box_s=budget_s,
-    )
-    dtypes = ["fp32", "bf16", "fp16", "int8", "fp8"]
-    ceilings = Part(name="ceilings", kind="ceilings", dtypes=dtypes, box_s=60.0)
-    name = workload.replace("/", "-")
-    suite = SuiteConfig(name=name, device=device, threads=threads, parts=[ceilings, part])
-    _run_suite(
-        suite, output / name, budget_s, None, True, (), results if store else None,
-        junit, markdown, format,
-    )  # fmt: skip
-
-
-@bench.command("profile")
-def profile(
-    workload: WorkloadArgument,
-    dtype: Annotated[str, typer.Option("--dtype", help="fp32, bf16 or fp16.")] = "fp32",
-    batch: BatchOption = None,
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    output: FolderOption = Path("out/bench"),
-    format: FormatOption = Format.human,
-) -> None:
-    """Show the ten layers of a module that lie furthest above their roofline floor."""
-    from hcf_bench.layer_profile import profile_table
-    from hcf_bench.parts import Part, SuiteConfig
-    from hcf_bench.suite import run_suite
-
-    parts = [
-        Part(name="ceilings", kind="ceilings", dtypes=[dtype], box_s=60.0),
-        Part(
-            name="profile", kind="profile", workload=workload, dtypes=[dtype], batch=batch,
-            box_s=600.0, subject_s=600.0,
-        ),
-    ]  # fmt: skip
-    suite = SuiteConfig(
-        name=f"profile-{workload.replace('/', '-')}", device=device, threads=threads, parts=parts
-    )
-    log = make_log(format)
-    record = run_suite(
-        suite, output / suite.name, budget_s=660.0, resume=False, command=_command(), log=log
-    )
-    text = "\n\n".join(profile_table(found) for found in record.profiles)
-    finish(format, text or "\n".join(record.notes), record.model_dump(mode="json"))
-    _exit_on_failures(record)
-
-
-@bench.command("suite")
-def suite(
-    recipe: Annotated[Path, typer.Argument(help="YAML under recipes/bench.")],
-    output: FolderOption,
-    set: SetOption = None,
-    budget_s: Annotated[float, typer.Option("--budget", help="Seconds in all.")] = 3600.0,
-    only: Annotated[list[str] | None, typer.Option(help="Name of a part. Repeatable.")] = None,
-    parts_folder: Annotated[
-        Path | None, typer.Option("--parts", help="Where parts are kept; default OUTPUT/parts.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Use finished parts.")
-    ] = True,
-    results: ResultsOption = RESULTS,
-    store: StoreOption = False,
-    junit: JunitOption = None,
-    markdown: MarkdownOption = None,
-    format: FormatOption = Format.human,
-) -> None:
-    """Run the parts of a recipe in order of value, each in its time box.
-
-    Exit code 12: some rows failed; the others are delivered.
-    """
-    from hcf_bench.suite import load_suite
-
-    _run_suite(
-        load_suite(recipe, set or ()), output, budget_s, parts_folder, resume, only or (),
-        results if store else None, junit, markdown, format,
-    )  # fmt: skip
-
-
-@bench.command("gpu")
-def gpu(
-    output: Annotated[Path, typer.Option("--output", "--out", "-o", help="Folder to write.")],
-    budget_s: Annotated[float, typer.Option("--budget", help="Seconds in all.")] = BUDGET_S,
-    only: Annotated[list[str] | None, typer.Option(help="Name of a part. Repeatable.")] = None,
-    parts_folder: Annotated[
-        Path | None, typer.Option("--parts", help="Where parts are kept; default OUTPUT/parts.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Use finished parts.")
-    ] = True,
-    rehearsal: Annotated[bool, typer.Option(help="The tiny twin, on the CPU.")] = False,
-    set: SetOption = None,
-    format: FormatOption = Format.human,
-) -> None:
-    """Everything worth knowing of a GPU, most valuable first; goes on where it stopped."""
-    from hcf_bench.suite import load_suite, recipe_path
-
-    found = load_suite(recipe_path(REHEARSAL_RECIPE if rehearsal else GPU_RECIPE), set or ())
-    _run_suite(found, output, budget_s, parts_folder, resume, only or (), None, None, None, format)
 
 
 @bench.command("selftest")
@@ -327,7 +181,7 @@ def selftest(
     log = make_log(format)
     tests = run_selftest(config, log)
     if store:
-        record = selftest_record(tests, config.threads, _command())
+        record = selftest_record(tests, config.threads, command_line())
         log(f"stored {store_record(record, results)}")
     data = {"tests": [test.model_dump(mode="json") for test in tests]}
     finish(format, "\n".join(describe(test) for test in tests), data)
@@ -390,41 +244,7 @@ def history(
     finish(format, "\n".join(files), {"files": files})
 
 
-def _run_suite(
-    config: SuiteConfig,
-    output: Path,
-    budget_s: float,
-    parts_folder: Path | None,
-    resume: bool,
-    only: list[str] | tuple[str, ...],
-    results: Path | None,
-    junit: Path | None,
-    markdown: Path | None,
-    format: Format,
-) -> None:
-    from hcf_bench.report import terminal_table
-    from hcf_bench.suite import run_suite, store_record
-
-    log: Log = make_log(format)
-    record = run_suite(
-        config,
-        output,
-        budget_s=budget_s,
-        parts_folder=parts_folder,
-        resume=resume,
-        only=only,
-        command=_command(),
-        log=log,
-    )
-    if results is not None:
-        log(f"stored {store_record(record, results)}")
-    _write_reports(junit, markdown, record)
-    text = terminal_table(record, str(output / f"{config.name}.json"))
-    finish(format, text, record.model_dump(mode="json"))
-    _exit_on_failures(record)
-
-
-def _write_reports(junit: Path | None, markdown: Path | None, found: Comparison | Record) -> None:
+def write_reports(junit: Path | None, markdown: Path | None, found: Comparison | Record) -> None:
     from hcf_bench.report import write_junit, write_markdown
 
     if junit:
@@ -445,18 +265,7 @@ def _exit_on(found: Comparison, baseline: str, candidate: str) -> None:
         raise InvalidComparison(f"the comparison is invalid: {found.reason}")
 
 
-def _exit_on_failures(record: Record) -> None:
-    from hcf_bench.suite import failures
-
-    failed = failures(record)
-    if failed:
-        listed = "\n".join(f"  {line}" for line in failed)
-        raise RowsFailed(f"{len(failed)} of {len(record.rows)} rows failed:\n{listed}")
-    if not (record.rows or record.ceilings or record.profiles or record.selftests):
-        raise MissingDependency("nothing was measured", "give it a larger --budget")
-
-
-def _command() -> str:
+def command_line() -> str:
     """What was typed, as it can be typed again; absolute paths are cut to their last part."""
     words = [Path(w).name if w.startswith("/") else w for w in sys.argv[1:]]
     return shlex.join(["hcf", *words])

@@ -15,11 +15,13 @@ from pydantic import ValidationError
 
 from hcf.errors import RecipeError
 from hcf_bench.opcount import count_workload
-from hcf_bench.parts import PARTS, Part, PartRun, SuiteConfig
+from hcf_bench.parts import PARTS
 from hcf_bench.peers import PEERS
 from hcf_bench.records import Row
 from hcf_bench.roofline import floor_ms
+from hcf_bench.rows import PartRun
 from hcf_bench.statistics import Verdict
+from hcf_bench.suite_recipe import Part, SuiteConfig
 from hcf_bench.workloads import find_workload
 
 KERNEL = "kernel/group_norm_silu_1x32x16x16"

@@ -15,7 +15,6 @@ import torch
 import yaml
 
 from hcf.errors import MissingDependency, RecipeError
-from hcf_bench.parts import SuiteConfig
 from hcf_bench.records import Record, Row, read_record, record_path
 from hcf_bench.suite import (
     failures,
@@ -26,6 +25,7 @@ from hcf_bench.suite import (
     source_commit,
     store_record,
 )
+from hcf_bench.suite_recipe import SuiteConfig
 
 KERNEL = "kernel/group_norm_silu_1x32x16x16"
 NOT_HERE = "onnxruntime-cuda-fp16"  # a GPU's

@@ -26,10 +26,12 @@ from hcf.errors import HcfError, InvalidArtifact, RecipeError
 from hcf.recipe import apply_overrides, parse, read_tree
 from hcf_bench.environment import Environment, read_environment, same_environment
 from hcf_bench.gpu_state import read_gpu_state, require_exclusive, throttled
-from hcf_bench.parts import PARTS, Part, PartRun, SuiteConfig
+from hcf_bench.parts import PARTS
 from hcf_bench.records import Record, Row, SelfTest, read_record, record_path
 from hcf_bench.remote import HUGE_PAGES
 from hcf_bench.report import terminal_table, write_text
+from hcf_bench.rows import PartRun
+from hcf_bench.suite_recipe import Part, SuiteConfig
 
 Log = Callable[[str], None]
 LEAST_S = 15.0  # a part is not begun with less time than this
