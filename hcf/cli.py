@@ -139,8 +139,8 @@ def run(
 for verb in (cli_stages.distill, cli_stages.quantize, cli_stages.export, cli_stages.build):
     app.command()(verb)
 app.command()(cli_measure.check)
-for verb in (cli_suite.peers, cli_suite.profile, cli_suite.suite, cli_suite.gpu):
-    cli_bench.bench.command()(verb)
+for timed in (cli_suite.peers, cli_suite.profile, cli_suite.suite, cli_suite.gpu):
+    cli_bench.bench.command()(timed)
 app.add_typer(cli_bench.bench, name="bench")
 app.add_typer(cli_data.data, name="data")
 app.command()(cli_data.train)

@@ -224,10 +224,10 @@ def test_names_are_looked_up_when_a_part_is_made() -> None:
         with pytest.raises(RecipeError, match="eagre") as caught:
             small("peers", **{"baseline": "eager", **change})
         assert "eager" in caught.value.fix
-    with pytest.raises(ValidationError, match="a profile needs dtypes"):
+    with pytest.raises(ValidationError, match="kind profile needs dtypes"):
         small("profile")
     with pytest.raises(ValidationError, match="name"):
         Part(name="Not A File Name", kind="ceilings")
-    two = [small("batches"), small("batches")]
+    two = [small("batches", batches=[1]), small("batches", batches=[1])]
     with pytest.raises(ValidationError, match="two parts are called part"):
         SuiteConfig(name="test", parts=two)
