@@ -29,6 +29,7 @@ from hcf_bench.report import (
     precision_text,
     row_p50,
     stage_cells,
+    verdict_text,
     write_text,
 )
 
@@ -59,7 +60,8 @@ How to read the tables
 
 - *speed-up*: time of the baseline over time of the row, median of interleaved pairs with its 95 %
   interval. Absolute times drift with the state of a machine; this ratio does not.
-- *verdict*: FASTER, SAME or SLOWER only where the whole interval says so, else UNDECIDED.
+- *verdict*: FASTER, SAME or SLOWER only where the whole interval says so, else UNDECIDED. With a
+  star the ratio is one of processor time, because other work kept the threads waiting.
 - *p50 [p90, p99]*: of warm calls; *first call* is the cold one and counts nowhere else.
 - *of peak*: counted FLOPs over time, as a share of the GEMM rate measured in the same run.
 - *of roofline*: the floor (sum over operations of the larger of FLOPs and bytes at the measured
@@ -196,7 +198,7 @@ def _cells(record: Record, row: Row, bases: set[tuple[str, str]]) -> tuple[str, 
         time,
         number_text(row.latency.first_ms if row.latency else None),
         "baseline" if is_base else bounds_text(row.speedup),
-        row.verdict.value if row.verdict else "-",
+        verdict_text(row),
         number_text(row.throughput_per_s),
         percent_text(row.fraction_of_peak),
         percent_text(row.fraction_of_roofline),

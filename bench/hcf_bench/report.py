@@ -33,7 +33,7 @@ TERMINAL: Final = (
     "workload", "subject", "dtype", "b", "p50 ms", "p90 ms", "speed-up [95 %]", "verdict", "peak",
     "roof", "dB",
 )  # fmt: skip
-WIDEST: Final = (24, 22, 6, 3, 9, 9, 19, 9, 5, 5, 5)
+WIDEST: Final = (24, 22, 6, 3, 9, 9, 19, 10, 5, 5, 5)
 
 
 def junit(found: Sequence[Found]) -> str:
@@ -106,8 +106,9 @@ def terminal_table(record: Record, file: str = "") -> str:
         head.append("ceilings: " + ", ".join(ceilings))
     timed = [row for row in record.rows if row.status == "ok"]
     others = [row for row in record.rows if row.status != "ok"]
-    # Two heading lines and the line that says what was cut.
-    room = MOST_LINES - len(head) - 3
+    starred = any(row.verdict and row.clock == "cpu" for row in timed)
+    # Two heading lines, the one on the star and the one that says what was cut.
+    room = MOST_LINES - len(head) - 3 - starred
     failures = min(len(others), max(room // 4, room - len(timed)))
     shown = timed[: room - failures]
     lines = aligned(TERMINAL, [_terminal_cells(row) for row in shown], WIDEST, words=(0, 1, 2, 7))
@@ -116,6 +117,8 @@ def terminal_table(record: Record, file: str = "") -> str:
         for row in others[:failures]
     ]
     cut = len(record.rows) - len(shown) - failures
+    if starred:
+        lines.append("* by processor time: other work kept the threads waiting")
     if cut:
         lines.append(f"{cut} more in {file or 'the record'}")
     return "\n".join(shorten(line, MOST_COLUMNS) for line in head + lines)
@@ -365,9 +368,14 @@ def _terminal_cells(row: Row) -> tuple[str, ...]:
     return (
         row.workload, row.subject, row.dtype, str(row.batch), number_text(row_p50(row)),
         number_text(row.latency.p90_ms if row.latency else None), speedup,
-        row.verdict.value if row.verdict else "-", _share(row.fraction_of_peak),
+        verdict_text(row), _share(row.fraction_of_peak),
         _share(row.fraction_of_roofline), decibel_text(row.fidelity),
     )  # fmt: skip
+
+
+def verdict_text(row: Row) -> str:
+    """The verdict, with a star where processor time decided it."""
+    return f"{row.verdict}{'*' if row.clock == 'cpu' else ''}" if row.verdict else "-"
 
 
 def _share(fraction: float | None) -> str:

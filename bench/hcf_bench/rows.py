@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -172,7 +173,8 @@ def _rated(run: PartRun, row: Row) -> Row:
         return row
     p50_ms = row.latency.p50_ms
     update: dict[str, Any] = {"throughput_per_s": row.batch * 1e3 / p50_ms}
-    if run.part.kind != "artifacts":
+    # a peer that skips work by design would be rated by operations it does not do
+    if run.part.kind != "artifacts" and not _skips_work(row.subject):
         ops = _ops(row.workload, row.batch, _case_dtype(row.subject))
         tflop = sum(op.flops for op in ops) / 1e12
         update |= {"tflop": tflop, "gbyte": sum(op.bytes for op in ops) / 1e9}
@@ -257,6 +259,12 @@ def _case_dtype(peer: str) -> str:
     from hcf_bench.peers import find_peer
 
     return find_peer(peer).dtype
+
+
+def _skips_work(peer: str) -> bool:
+    from hcf_bench.peers import find_peer
+
+    return find_peer(peer).min_sqnr_db == -math.inf
 
 
 @lru_cache(maxsize=16)
