@@ -41,9 +41,11 @@ def test_the_gpu_suite_is_rehearsed_from_the_sources(tmp_path: Path) -> None:
     missing = {row.subject for row in record.rows if row.status == "missing"}
     assert missing == {"torchao-int8", "onnxruntime-cuda-fp16"}  # this machine has no GPU
     timed = [row for row in record.rows if row.status == "ok"]
-    assert all(row.latency and row.tflop and row.throughput_per_s for row in timed)
+    assert all(row.latency and row.throughput_per_s for row in timed)
+    # what skips work is not rated by work it does not do
+    assert {row.subject for row in timed if row.tflop is None} == {"deepcache-3"}
     assert all(row.engine for row in timed)
-    fp32 = [row for row in timed if row.dtype == "fp32"]
+    fp32 = [row for row in timed if row.dtype == "fp32" and row.tflop]
     assert fp32 and all(row.fraction_of_peak and row.fraction_of_roofline for row in fp32)
     pairs = [row for row in timed if row.baseline]
     assert pairs and all(row.speedup and row.verdict and row.fidelity for row in pairs)
@@ -124,7 +126,7 @@ def test_peers_leave_a_record_junit_and_markdown(tmp_path: Path) -> None:
 
 
 def test_verdicts_have_exit_codes(tmp_path: Path, tiny_folder: Path) -> None:
-    shared = ("-b", tiny_folder, "-c", tiny_folder, "--pairs", 6, "--budget-s", 3, "--threads", 1,
+    shared = ("-b", tiny_folder, "-c", tiny_folder, "--pairs", 6, "--budget-s", 20, "--threads", 1,
               "--baseline-engine", "eager", "--candidate-engine", "eager")  # fmt: skip
     assert run("compare", *shared, "--threshold", 20) == 0
     output = tmp_path / "c.json"

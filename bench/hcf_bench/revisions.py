@@ -153,4 +153,4 @@ def _last_lines(text: str) -> str:
 
 def _short(sha: str) -> str:
     """Its first seven characters, with "-dirty" where it has it."""
-    return sha[:7] + sha[sha.index("-") :] if "-" in sha else sha[:7]
+    return f"{sha[:7]}-dirty" if "-dirty" in sha else sha[:7]

@@ -162,7 +162,7 @@ def source_commit(root: Path | None = None) -> str:
     Without git it is their hash, and of installed packages the version.
     """
     root = root or Path(__file__).parents[2]
-    if not (root / "bench" / "hcf_bench").is_dir():
+    if not any((root / source).is_dir() for source in SOURCES):
         return f"hcf-{__version__}"
     try:
         git = ["git", "-C", str(root)]

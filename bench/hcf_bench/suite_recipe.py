@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from hcf.errors import RecipeError
 from hcf.recipe import Config
 
 PartKind = Literal["ceilings", "peers", "batches", "profile", "artifacts", "selftest"]
@@ -47,7 +48,11 @@ class Part(Config):
         if self.kind in ("peers", "batches", "profile"):
             from hcf_bench.workloads import find_workload
 
-            find_workload(self.workload)
+            if find_workload(self.workload).kind == "pipeline" and self.kind == "profile":
+                raise RecipeError(
+                    f"{self.workload} is a pipeline, and a profile is of one module",
+                    f"name a part of it, such as {self.workload.partition('/')[0]}/unet",
+                )
         if self.kind in ("peers", "batches"):
             from hcf_bench.peers import find_peer
 
