@@ -81,7 +81,9 @@ def test_any_scheduler(pipe: Any, scheduler: Any) -> None:
 
 
 def test_guidance_one_is_the_conditional_branch_and_zero_the_null_branch(pipe: Any) -> None:
-    assert np.allclose(images(pipe, guidance_scale=1.0), images(pipe, guidance_scale=1.0 + 1e-7))
+    # a batch of two rows may take other kernels than one row
+    almost_one = images(pipe, guidance_scale=1.0 + 1e-7)
+    assert np.allclose(images(pipe, guidance_scale=1.0), almost_one, atol=1e-5)
     null = images(pipe, "", guidance_scale=1.0)
     assert np.allclose(images(pipe, guidance_scale=0.0), null, atol=1e-5)
     assert not np.allclose(images(pipe, guidance_scale=1.0), null, atol=1e-5)
