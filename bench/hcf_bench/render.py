@@ -39,6 +39,7 @@ COMMANDS: Final = (
     ("hcf bench compare", "two models, commits or stored results; exit code 9 when slower"),
     ("hcf bench profile", "the ten layers of a module that lie furthest above their floor"),
     ("hcf bench selftest", "how often the harness errs: alarms on A/A, a 2 % slowdown caught"),
+    ("hcf bench suite", "the parts of a recipe, resumable; make bench runs recipes/bench/cpu.yaml"),
     ("hcf bench gpu", "everything that waits for a GPU, in order of value, within a budget"),
     ("hcf bench history", "a workload over commits, as PNG and HTML"),
 )
@@ -52,14 +53,15 @@ other, with its interval, its distance from what the machine could do at best, a
 it was taken in. Peers run live in the same run; figures of others are listed apart, with source.
 
 A record is one run on one machine, `results/<machine>/<date>-<commit>-<name>.json`. Models have
-random weights of their true architecture: they time like the trained ones, and nothing is said
-about pictures.
+random weights of their true architecture, but for the shipped mini model: they time like the
+trained ones, and nothing is said about pictures.
 """
 LEGEND: Final = """\
 How to read the tables
 
 - *speed-up*: time of the baseline over time of the row, median of interleaved pairs with its 95 %
-  interval. Absolute times drift with the state of a machine; this ratio does not.
+  interval. Absolute times drift with the state of a machine, and a baseline's own row is timed
+  before the pairs: divide no two of them, read this ratio.
 - *verdict*: FASTER, SAME or SLOWER only where the whole interval says so, else UNDECIDED. With a
   star the ratio is one of processor time, because other work kept the threads waiting.
 - *p50 [p90, p99]*: of warm calls; *first call* is the cold one and counts nowhere else.
