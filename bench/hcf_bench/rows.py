@@ -117,8 +117,7 @@ def pair_row(
     wanted: Any,
 ) -> Row:
     """Interleaved pairs of two warm workers as a row of the second."""
-    is_peer = worker.spec.kind == "peer"
-    distance = check_output(worker, name, wanted) if is_peer else {}
+    distance = check_output(worker, name, wanted)
     left = min(run.deadline, worker.deadline) - time.monotonic()
     found = compare_subjects(
         _without_output(baseline.subject(baseline_name)),
@@ -151,7 +150,7 @@ def pair_row(
 
 def measured_row(run: PartRun, worker: Worker, name: str, batch: int, wanted: Any) -> Row:
     """One warm worker alone."""
-    distance = check_output(worker, name, wanted) if wanted is not None else {}
+    distance = check_output(worker, name, wanted)
     samples: list[float] = []
     until = min(run.deadline, time.monotonic() + run.part.pairs_s / 2) - 1.0
     while len(samples) < LEAST_SAMPLES or (time.monotonic() < until and len(samples) < 200):
