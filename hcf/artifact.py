@@ -61,7 +61,8 @@ class EngineEntry(BaseModel):
 
     `file` is relative to the artefact (None: made at load time); `layer_precisions` counts what
     really runs; `error` is the relative L2 distance to eager fp32; `version` is the runtime's and
-    `machine` the instruction sets or compute capability it was built for.
+    `machine` the instruction sets or compute capability it was built for. `reason`: why it was or
+    was not chosen; `details`: what its engine needs or tells besides.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -84,6 +85,8 @@ class EngineEntry(BaseModel):
     latency_high_ms: float | None = None
     error: float | None = None
     notes: str = ""
+    reason: str = ""
+    details: dict[str, Any] = {}
 
 
 class Manifest(BaseModel):

@@ -136,7 +136,13 @@ def run(
     finish(format, text, {**result.summary(), "ladder": rungs})
 
 
-for verb in (cli_stages.distill, cli_stages.quantize, cli_stages.export, cli_stages.build):
+for verb in (
+    cli_stages.distill,
+    cli_stages.quantize,
+    cli_stages.sensitivity,
+    cli_stages.export,
+    cli_stages.build,
+):
     app.command()(verb)
 app.command()(cli_measure.check)
 for timed in (cli_suite.peers, cli_suite.profile, cli_suite.suite, cli_suite.gpu):

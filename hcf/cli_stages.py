@@ -58,22 +58,72 @@ def quantize(
     output: OutputOption,
     recipe: RecipeOption = None,
     set: SetOption = None,
+    to: Annotated[
+        str | None, typer.Option(help="int8, fp8, int8-weight, int4-weight or int4.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Rules of an architecture, or auto.")] = None,
     algorithm: Annotated[str | None, typer.Option(help="max, percentile or mse.")] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Prompts to draw.")] = None,
+    qat_steps: Annotated[int | None, typer.Option(help="Train under rounding this long.")] = None,
     seed: SeedOption = None,
     dry_run: DryRunOption = False,
     format: FormatOption = Format.human,
 ) -> None:
-    """Quantise the denoiser to INT8, calibrated on its own trajectories."""
+    """Quantise the denoiser, calibrated on its own trajectories."""
     from hcf.recipe import QuantizeConfig, stage_config
 
-    options = {"algorithm": algorithm, "calibration_samples": calibration_samples, "seed": seed}
+    options = {
+        "format": to,
+        "preset": preset,
+        "algorithm": algorithm,
+        "calibration_samples": calibration_samples,
+        "qat": {"steps": qat_steps} if qat_steps else None,
+        "seed": seed,
+    }
     config = stage_config(QuantizeConfig, "quantize", recipe, set or (), **options)
     if dry_run:
         return planned(format, "quantize", config, {"model": model, "output": output})
-    from hcf.quantize.int8 import quantize as work
+    from hcf.quantize.quantize import quantize as work
 
     _wrote(format, work(model, output, config, make_log(format)))
+
+
+def sensitivity(
+    model: ModelOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write (.yaml).")],
+    recipe: RecipeOption = None,
+    set: SetOption = None,
+    to: Annotated[list[str] | None, typer.Option(help="Candidate format. Repeatable.")] = None,
+    latency_ratio: Annotated[
+        float | None, typer.Option(help="Least error at this share of the default's latency.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Least latency under this relative error.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="openvino, tensorrt or macs.")] = None,
+    threads: ThreadsOption = None,
+    seed: SeedOption = None,
+    dry_run: DryRunOption = False,
+    format: FormatOption = Format.human,
+) -> None:
+    """Measure what each layer costs and loses, choose, and write the rules as a recipe."""
+    from hcf.recipe import SensitivityConfig, stage_config
+
+    options = {
+        "formats": to,
+        "latency_ratio": latency_ratio,
+        "max_error": max_error,
+        "target": target,
+        "threads": threads,
+        "seed": seed,
+    }
+    config = stage_config(SensitivityConfig, "sensitivity", recipe, set or (), **options)
+    if dry_run:
+        return planned(format, "sensitivity", config, {"model": model, "output": output})
+    from hcf.engines.search import search
+
+    found = search(model, output, config, make_log(format))
+    finish(format, f"{found}", {"output": str(found)})
 
 
 def export(
@@ -111,6 +161,18 @@ def build(
         list[str] | None, typer.Option(help="TensorRT target without a GPU, e.g. 8.0.")
     ] = None,
     builder_optimization_level: Annotated[int | None, typer.Option(help="0 to 5.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="File of TensorRT's timings.")] = None,
+    refit: Annotated[bool | None, typer.Option("--refit", help="Weights can change later.")] = None,
+    strip_weights: Annotated[
+        bool | None, typer.Option("--strip-weights", help="Plan without weights.")
+    ] = None,
+    version_compatible: Annotated[
+        bool | None, typer.Option("--version-compatible", help="For later TensorRT, too.")
+    ] = None,
+    hardware_compatibility_level: Annotated[
+        str | None, typer.Option(help="ampere_plus or same_compute_capability.")
+    ] = None,
+    workspace: Annotated[float | None, typer.Option(help="TensorRT's memory, in GB.")] = None,
     threads: ThreadsOption = None,
     dry_run: DryRunOption = False,
     format: FormatOption = Format.human,
@@ -127,6 +189,12 @@ def build(
         "max_shapes": parse_shapes("--max-shapes", max_shapes) or None,
         "compute_capabilities": compute_capability,
         "builder_optimization_level": builder_optimization_level,
+        "timing_cache": timing_cache,
+        "refit": refit,
+        "strip_weights": strip_weights,
+        "version_compatible": version_compatible,
+        "hardware_compatibility_level": hardware_compatibility_level,
+        "workspace_gb": workspace,
         "threads": threads,
     }
     config = stage_config(BuildConfig, "build", recipe, set or (), **options)

@@ -1,115 +1,58 @@
-"""A model folder as an ordinary diffusers pipeline whose denoiser and decoder run on an engine.
+"""A model as an ordinary diffusers pipeline whose components run on engines.
 
     pipe = hcf.load("out/quickstart")              # the engines that were fastest when built
     pipe = hcf.load(folder, engine="eager")        # plain torch, float32
+    hcf.accelerate(pipe)                           # a pipeline in hand: built once, then kept
     pipe.hcf_report                                # what really runs
     pipe.hcf_sampling                              # {"steps": 4, "guidance_scale": 1.0}
 
-The pipeline keeps its class, its scheduler and its call; only two components change their inside.
+The pipeline keeps its class, its scheduler, its components and its call; see `hcf.routing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import DecoderOutput
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-from torch import Tensor, nn
 
 from hcf.artifact import MANIFEST, EngineEntry, Manifest, default_sampling, read_manifest
 from hcf.engines import PRECISIONS, Engine, EngineReport, check_precision
-from hcf.engines.forms import entry_name, open_entry, open_torch, speed
-from hcf.errors import HcfError, RecipeError
-from hcf.export.component import VAE_DECODER, example_inputs
+from hcf.engines.forms import engine_version, entry_name, open_entry, open_torch, speed
+from hcf.errors import MissingDependency, RecipeError
+from hcf.export.component import (
+    cached_components,
+    components_of,
+    default_components,
+    example_inputs,
+)
+from hcf.feature_cache import CachedDenoiser, install, remove
+from hcf.recipe import parse
+from hcf.routing import guard_decoder, owner_of, route, routes_of, unroute, unrouted
+from hcf.settings import (
+    BuildConfig,
+    EngineName,
+    ExportConfig,
+    FeatureCacheConfig,
+    Precision,
+    QuantizeConfig,
+)
 from hcf.source import open_pipeline
-from hcf.trace import denoiser_name, flatten_call
+from hcf.trace import denoiser_name
 
+Log = Callable[[str], None]
 TORCH_ENGINES = ("eager", "compile")
-
-
-class EngineUNet(nn.Module):
-    """Stands for a UNet2DConditionModel in a pipeline; computes float32 on the CPU."""
-
-    def __init__(self, unet: nn.Module, engine: Engine, names: Sequence[str]) -> None:
-        super().__init__()
-        self.config = unet.config
-        self.engine = engine
-        self.names = tuple(names)
-        self.dtype, self.device = torch.float32, torch.device("cpu")
-        if (embedding := getattr(unet, "add_embedding", None)) is not None:
-            self.add_embedding = embedding  # SDXL pipelines read a size from it
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float | int,
-        encoder_hidden_states: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        down_block_additional_residuals: tuple[Tensor, ...] | None = None,
-        mid_block_additional_residual: Tensor | None = None,
-        down_intrablock_additional_residuals: tuple[Tensor, ...] | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """sample (B, C, H, W), timestep () or (B,), conditioning (B, ...) -> (B, C, H, W)
-
-        Raises HcfError for conditioning the engine was not built with, or without some it was.
-        """
-        call = flatten_call(
-            self,
-            (sample, timestep, encoder_hidden_states, class_labels, timestep_cond, attention_mask),
-            {
-                "cross_attention_kwargs": cross_attention_kwargs,
-                "added_cond_kwargs": added_cond_kwargs,
-                "down_block_additional_residuals": down_block_additional_residuals,
-                "mid_block_additional_residual": mid_block_additional_residual,
-                "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
-                "encoder_attention_mask": encoder_attention_mask,
-            },
-        )
-        given = {"sample": call.sample, "timestep": call.timestep, **call.kwargs}
-        if set(given) != set(self.names):
-            raise HcfError(
-                f"the U-Net is called with {', '.join(sorted(given))}; its engine takes "
-                f"{', '.join(sorted(self.names))}",
-                fix="call the pipeline as when it was exported, or load it with engine='eager'",
-            )
-        inputs = {name: given[name].float() for name in self.names}
-        out = self.engine(inputs)["out_sample"].to(sample.device)
-        return UNet2DConditionOutput(sample=out) if return_dict else (out,)
-
-
-class EngineVAE(nn.Module):
-    """Stands for a first stage: `decode` runs the engine, all else is the original's."""
-
-    def __init__(self, vae: nn.Module, engine: Engine) -> None:
-        super().__init__()
-        self.vae = vae
-        self.engine = engine
-
-    def decode(
-        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
-    ) -> Any:
-        """z (B, C, H, W) -> (B, 3, f*H, f*W) in about [-1, 1]"""
-        image = self.engine({"latents": z.float()})["image"].to(z.device)
-        return DecoderOutput(sample=image) if return_dict else (image,)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("enable_slicing", "enable_tiling"):
-            raise HcfError(
-                f"{name} has no effect on an engine's decoder", fix="load with engine='eager'"
-            )
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("vae"), name)
+# Compiling a U-Net takes minutes and, on a CPU, loses to the graph runtimes: it has to be named.
+MEASURED: dict[str, tuple[EngineName, ...]] = {
+    "cpu": ("eager", "onnxruntime", "openvino"),
+    "cuda": ("eager", "compile", "onnxruntime", "tensorrt"),
+}
+FLOATING: dict[str, tuple[Precision, ...]] = {"cpu": ("fp32", "bf16"), "cuda": ("fp16", "bf16")}
+logger = logging.getLogger("hcf")
 
 
 def load(
@@ -117,12 +60,13 @@ def load(
     engine: str = "auto",
     precision: str | None = None,
     threads: int | None = None,
+    components: Sequence[str] | None = None,
 ) -> Any:
-    """The pipeline in folder `path`.
+    """The pipeline in folder `path` on the engines that `hcf build` made there.
 
-    `engine` "auto" takes what `hcf build` chose; a folder it has not seen runs eager. A named
-    engine runs in its fastest `precision` that was built, or in the one given; then components that
-    have it take it, and the denoiser must. `threads` holds for torch and the engines.
+    `engine` "auto" takes what the build chose; a folder it has not seen runs eager. A named engine
+    runs in its fastest `precision` that was built, or in the one given; then components that have
+    it take it, and the denoiser must. `threads` holds for torch and the engines.
 
     Raises RecipeError or HcfError for an engine or precision that was not built, EngineMismatch for
     one that another version or machine built, InvalidArtifact and UnsafeFile for broken folders.
@@ -133,72 +77,255 @@ def load(
     _set_threads(threads)
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else None
     sampling = manifest.sampling if manifest else default_sampling(path)
-    _install(pipe, path, manifest, engine, precision)
+    _install(pipe, path, manifest, engine, precision, components, logger.info)
     pipe.hcf_sampling = sampling.model_dump(exclude_none=True)
     return pipe
 
 
 def accelerate(
     pipe: Any,
-    path: str | Path,
+    path: str | Path | None = None,
+    *,
     engine: str = "auto",
     precision: str | None = None,
+    quantize: str | QuantizeConfig | None = None,
+    cache: str | int | FeatureCacheConfig | None = None,
+    components: Sequence[str] | None = None,
     threads: int | None = None,
+    prompts: Sequence[str] = (),
+    log: Log | None = None,
 ) -> Any:
-    """Puts the engines of artefact `path` into a pipeline in hand, and returns it.
+    """Puts a pipeline in hand on engines, in place, and returns it.
 
-    `path` is what `hcf build` made of the same model: weights are not compared. Raises as `load`.
+    Without `path` they are built for exactly what the pipeline holds, adapters included, and kept
+    in the store (`hcf.store`): the first call takes minutes, later ones seconds. `engine` "auto"
+    measures what is installed and takes the fastest whose error its precision explains. `quantize`
+    names a format ("int8", "fp8", ...) or holds settings; it is calibrated on `prompts`, or on the
+    built-in ones. `components` defaults to the denoiser, the ControlNet and the decoder. `cache`
+    reuses deep features between steps (`hcf.feature_cache`): "deepcache", an interval, or settings.
+    With `path`, the engines of that artefact of the same model; its weights are not compared.
+
+    Raises RecipeError for names that cannot be meant, MissingDependency, EngineMismatch, and what
+    quantising, exporting and building raise; the pipeline then is as it was.
     """
-    path = Path(path)
+    say = log or logger.info
     _check_names(engine, precision)
     _set_threads(threads)
-    manifest = read_manifest(path)
-    _install(pipe, path, manifest, engine, precision)
-    pipe.hcf_sampling = manifest.sampling.model_dump(exclude_none=True)
+    caching = _caching(cache)
+    if path is not None:
+        if quantize is not None:
+            raise RecipeError(
+                f"quantize={quantize!r} with the engines of {path}, which are built already",
+                fix="choose with precision=, or leave `path` out",
+            )
+        folder, manifest = Path(path), read_manifest(Path(path))
+        _install(pipe, folder, manifest, engine, precision, components, say, caching)
+        pipe.hcf_sampling = manifest.sampling.model_dump(exclude_none=True)
+    else:
+        _accelerate_in_hand(pipe, engine, precision, quantize, components, prompts, say, caching)
     return pipe
 
 
-def _install(
-    pipe: Any, path: Path, manifest: Manifest | None, engine: str, precision: str | None
+def decelerate(pipe: Any) -> Any:
+    """Takes every engine and feature cache out of `pipe` again, bit for bit, and returns it."""
+    remove(pipe)
+    unroute(pipe)
+    pipe.hcf_report = []
+    return pipe
+
+
+def _accelerate_in_hand(
+    pipe: Any,
+    engine: str,
+    precision: str | None,
+    quantize: str | QuantizeConfig | None,
+    components: Sequence[str] | None,
+    prompts: Sequence[str],
+    log: Log,
+    caching: FeatureCacheConfig | None,
 ) -> None:
-    denoiser = denoiser_name(pipe)
+    from hcf.store import Request, engines_of
+
+    chosen = _components(pipe, components)
+    formats = _quantize_config(quantize, denoiser_name(pipe), prompts)
+    if engine in TORCH_ENGINES and formats is None:
+        _install(pipe, Path(), None, engine, precision, chosen, log, caching)
+        return
+    if caching is not None and "unet" not in chosen:
+        raise RecipeError(
+            f"cache= is for a U-Net, and the components are {', '.join(chosen)}",
+            fix="name unet in components=, or leave cache out",
+        )
+    device = pipe.device.type
+    engines = _measured(device, log) if engine == "auto" else (engine,)
+    precisions: tuple[Any, ...] = (precision,) if precision else FLOATING[device]
+    if formats is not None and formats.format not in precisions:
+        precisions = (*precisions, formats.format)
+    if "openvino" in engines and formats is not None and formats.format == "int8":
+        precisions = (*precisions, "int8-bf16")
+    build = parse(
+        BuildConfig,
+        {
+            "engines": engines,
+            "precisions": precisions,
+            "components": chosen,
+            "threads": torch.get_num_threads(),
+            "keep_going": engine == "auto",
+        },
+        "hcf.accelerate",
+    )
+    export = ExportConfig(components=list(chosen))
+    branch = None if caching is None else caching.branch
+    request = Request(chosen, export, build, formats, branch)
+    folder, manifest = engines_of(pipe, request, log)
+    _install(pipe, folder, manifest, engine, precision, chosen, log, caching)
+
+
+def _install(
+    pipe: Any,
+    path: Path,
+    manifest: Manifest | None,
+    engine: str,
+    precision: str | None,
+    components: Sequence[str] | None,
+    log: Log,
+    caching: FeatureCacheConfig | None = None,
+) -> None:
+    """Opens every engine first, then routes: an error leaves the pipeline as it was."""
     built = manifest.engines if manifest else {}
     if engine == "auto" and not built:
         engine = "eager"
     threads = torch.get_num_threads()
+    denoiser = denoiser_name(pipe)
+    wanted = _components(pipe, components)
+    if components is None:
+        wanted = tuple(dict.fromkeys([*wanted, *built]))
+    opened: list[tuple[str, Engine, dict[str, list[int]], Callable[[], Engine]]] = []
     reports: list[EngineReport] = []
-    for component in (denoiser, VAE_DECODER):
-        if component == VAE_DECODER and getattr(pipe, "vae", None) is None:
-            continue
-        if engine == "eager" and precision in (None, "fp32"):
-            # the module itself, which still trains, saves and moves
-            reports.append(open_torch(pipe, component, "eager", "fp32", []).report)
-            continue
-        if engine in TORCH_ENGINES:
-            names = list(example_inputs(pipe, component, batch=1))
-            runner = open_torch(pipe, component, engine, precision or "fp32", names)
-        elif manifest is not None and (component == denoiser or component in built):
-            # a quantised U-Net has a first stage that is not: only the denoiser must have it
-            wanted = precision if component == denoiser else None
-            entry = pick_entry(path, component, manifest, engine, wanted)
-            names = list(entry.shapes)
-            runner = open_entry(path, component, entry, manifest, pipe, threads)
-        elif component == VAE_DECODER and built:
-            reports.append(open_torch(pipe, component, "eager", "fp32", []).report)
-            continue  # `build.components` left it out
-        else:
-            raise RecipeError(
-                f"{path} has no {engine} engine: it is a plain pipeline folder",
-                fix="run `hcf export` and `hcf build` on it, or load it with engine='eager'",
-            )
-        reports.append(runner.report)
-        if component == VAE_DECODER:
-            pipe.vae = EngineVAE(pipe.vae, runner)
-        elif component == "unet":
-            pipe.unet = EngineUNet(pipe.unet, runner, names)
-        else:
-            raise HcfError(f"engines replace a `unet`; this pipeline has a `{component}`")
+    with _unrouted_components(pipe, wanted):
+        for component in wanted:
+            if component == "unet" and caching is not None and engine not in TORCH_ENGINES:
+                pair = _cached_entries(path, manifest, engine, precision, caching)
+                full, shallow = (
+                    open_entry(path, name, e, manifest, pipe, threads)  # type: ignore[arg-type]
+                    for name, e in pair.items()
+                )
+                rows = next(iter(pair.values())).shapes
+                shapes = {name: row[len(row) // 2] for name, row in rows.items()}
+                cached = CachedDenoiser(full, shallow, caching)
+                again = partial(_refitted_cache, pipe, path, pair, caching, threads, log)
+                opened.append((component, cached, shapes, again))
+                reports += [full.report, shallow.report]
+                continue
+            entry = None
+            if engine not in TORCH_ENGINES and component in built and manifest is not None:
+                # a quantised U-Net has a first stage that is not: only the denoiser must have it
+                named = precision if component == denoiser else None
+                entry = pick_entry(path, component, manifest, engine, named)
+            elif engine not in TORCH_ENGINES and component == denoiser:
+                raise RecipeError(
+                    f"{path} has no {engine} engine of {component}",
+                    fix="run `hcf export` and `hcf build` on it, or load it with engine='eager'",
+                )
+            torch_engine = entry.engine if entry else engine
+            torch_precision = entry.precision if entry else precision
+            if torch_engine not in TORCH_ENGINES and entry is None:
+                torch_engine, torch_precision = "eager", None  # `build.components` left it out
+            if torch_engine == "eager" and torch_precision in (None, "fp32"):
+                # the module itself, which still trains, saves and moves
+                reports.append(open_torch(pipe, component, "eager", "fp32", []).report)
+                continue
+            if entry is not None and entry.file is not None and manifest is not None:
+                shapes = {name: rows[len(rows) // 2] for name, rows in entry.shapes.items()}
+                runner = open_entry(path, component, entry, manifest, pipe, threads)
+                rebuild: Callable[[], Engine] = partial(
+                    _refitted, pipe, component, path, entry, threads, log
+                )
+            else:
+                example = example_inputs(pipe, component, batch=1)
+                shapes = {name: list(tensor.shape) for name, tensor in example.items()}
+                names, kind = list(shapes), (torch_engine, torch_precision or "fp32")
+                runner = open_torch(pipe, component, *kind, names)
+                rebuild = partial(_reopened, pipe, component, *kind, names, log)
+            opened.append((component, runner, shapes, rebuild))
+            reports.append(runner.report)
+    unroute(pipe)
+    for component, runner, shapes, rebuild in opened:
+        route(pipe, component, runner, shapes, rebuild)
+        if isinstance(runner, CachedDenoiser):
+            runner.follow(pipe)
+    if caching is not None and engine in TORCH_ENGINES:
+        install(pipe, caching)
+    guard_decoder(pipe)
     pipe.hcf_report = reports
+
+
+def _refitted(
+    pipe: Any, component: str, path: Path, entry: EngineEntry, threads: int, log: Log
+) -> Engine:
+    from hcf.store import refitted
+
+    return refitted(pipe, component, path, entry, threads, log)
+
+
+def _cached_entries(
+    path: Path,
+    manifest: Manifest | None,
+    engine: str,
+    precision: str | None,
+    caching: FeatureCacheConfig,
+) -> dict[str, EngineEntry]:
+    """{component: entry} of the full and the shallow step of the U-Net."""
+    names = cached_components(caching.branch)
+    if manifest is None or any(name not in manifest.engines for name in names):
+        raise RecipeError(
+            f"{path} has no engines of a cache at branch {caching.branch}",
+            fix=f"build.components: [{', '.join(names)}, vae_decoder], after export.components of "
+            "the same, or engine='eager'",
+        )
+    return {name: pick_entry(path, name, manifest, engine, precision) for name in names}
+
+
+def _refitted_cache(
+    pipe: Any,
+    path: Path,
+    pair: Mapping[str, EngineEntry],
+    caching: FeatureCacheConfig,
+    threads: int,
+    log: Log,
+) -> Engine:
+    full, shallow = (
+        _refitted(pipe, name, path, entry, threads, log) for name, entry in pair.items()
+    )
+    before = routes_of(pipe)["unet"].engine
+    if isinstance(before, CachedDenoiser):
+        before.follower.release()
+    cached = CachedDenoiser(full, shallow, caching)
+    cached.follow(pipe)
+    return cached
+
+
+def _reopened(
+    pipe: Any, component: str, engine: str, precision: str, names: Sequence[str], log: Log
+) -> Engine:
+    log(f"{component}: its weights have changed, {engine} {precision} is made again")
+    with _unrouted_components(pipe, (component,)):
+        return open_torch(pipe, component, engine, precision, names)
+
+
+@contextlib.contextmanager
+def _unrouted_components(pipe: Any, components: Sequence[str]) -> Iterator[None]:
+    """Inside, the components are twins that compute in torch: engines of torch hold those."""
+    owners = {id(module): module for module in (owner_of(pipe, name) for name in components)}
+    names = [name for name, module in pipe.components.items() if id(module) in owners]
+    before = {name: getattr(pipe, name) for name in names}
+    for name, module in before.items():
+        setattr(pipe, name, unrouted(module))
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            setattr(pipe, name, module)
 
 
 def pick_entry(
@@ -226,6 +353,64 @@ def pick_entry(
             fix="run `hcf build` with it in build.engines and build.precisions",
         )
     return min(fits, key=speed)
+
+
+def _components(pipe: Any, components: Sequence[str] | None) -> tuple[str, ...]:
+    if components is None:
+        return default_components(pipe)
+    there = components_of(pipe)
+    if unknown := [name for name in components if name not in there]:
+        raise RecipeError(
+            f"{', '.join(unknown)}: no component of {type(pipe).__name__} that engines can replace",
+            fix=f"use {', '.join(there)}",
+        )
+    return tuple(components)
+
+
+def _measured(device: str, log: Log) -> tuple[EngineName, ...]:
+    """The engines "auto" tries on this device; what is not installed is named and left out."""
+    found: list[EngineName] = []
+    for engine in MEASURED.get(device, ("eager",)):
+        try:
+            engine_version(engine)
+        except MissingDependency as error:
+            log(f"{engine} is not measured: {error.message} ({error.fix})")
+            continue
+        found.append(engine)
+    return tuple(found)
+
+
+def _quantize_config(
+    quantize: str | QuantizeConfig | None, component: str, prompts: Sequence[str]
+) -> QuantizeConfig | None:
+    if quantize is None:
+        if prompts:
+            raise RecipeError(
+                "prompts are for calibration, and quantize is None", fix='set quantize="int8"'
+            )
+        return None
+    if isinstance(quantize, QuantizeConfig):
+        if prompts:
+            return quantize.model_copy(update={"calibration_prompts": list(prompts)})
+        return quantize
+    settings: Mapping[str, Any] = {
+        "format": quantize,
+        "component": component,
+        "calibration_prompts": list(prompts),
+    }
+    return parse(QuantizeConfig, settings, "quantize")
+
+
+def _caching(cache: str | int | FeatureCacheConfig | None) -> FeatureCacheConfig | None:
+    if cache is None or isinstance(cache, FeatureCacheConfig):
+        return cache
+    if cache == "deepcache":
+        return FeatureCacheConfig()
+    if isinstance(cache, int) and not isinstance(cache, bool):
+        return parse(FeatureCacheConfig, {"interval": cache}, "cache")
+    raise RecipeError(
+        f"cache={cache!r} is no feature cache", fix='use "deepcache", an interval, or settings'
+    )
 
 
 def _check_names(engine: str, precision: str | None) -> None:

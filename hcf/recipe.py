@@ -18,176 +18,46 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from hcf.errors import RecipeError
+from hcf.settings import BenchConfig as BenchConfig
+from hcf.settings import BuildConfig as BuildConfig
+from hcf.settings import CheckConfig as CheckConfig
+from hcf.settings import Config as Config
+from hcf.settings import DistillConfig as DistillConfig
+from hcf.settings import EngineName as EngineName
+from hcf.settings import ExcludeRule as ExcludeRule
+from hcf.settings import ExportConfig as ExportConfig
+from hcf.settings import FeatureCacheConfig as FeatureCacheConfig
+from hcf.settings import Format as Format
+from hcf.settings import GraphPass as GraphPass
+from hcf.settings import GraphPrecision as GraphPrecision
+from hcf.settings import LayerFormat as LayerFormat
+from hcf.settings import LayerRule as LayerRule
+from hcf.settings import Offload as Offload
+from hcf.settings import Precision as Precision
+from hcf.settings import QatConfig as QatConfig
+from hcf.settings import QuantizeConfig as QuantizeConfig
+from hcf.settings import ReportConfig as ReportConfig
+from hcf.settings import SensitivityConfig as SensitivityConfig
+from hcf.settings import ShapeProfile as ShapeProfile
+from hcf.settings import Threshold as Threshold
 
-STAGES = ("distill", "quantize", "export", "build", "check", "bench", "report")
+STAGES = (
+    "distill",
+    "sensitivity",
+    "quantize",
+    "export",
+    "build",
+    "check",
+    "bench",
+    "report",
+)
 INHERITED = ("seed", "threads", "prompts")
-EngineName = Literal["eager", "compile", "onnxruntime", "openvino", "tensorrt"]
-Precision = Literal["fp32", "bf16", "int8"]
-
-
-class Config(BaseModel):
-    """One section of a recipe: no unknown keys, no changes after it was read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DistillConfig(Config):
-    """Teacher into a student of `steps` steps, its guidance scale folded in.
-
-    `solver_steps` is the teacher's grid, cut into `steps` phases; the teacher goes `skip` of its
-    points per target; `precision` is that of training.
-    """
-
-    method: Literal["consistency"] = "consistency"
-    steps: int = Field(4, gt=0)
-    guidance_scale: float = Field(3.0, ge=1)
-    solver_steps: int = Field(48, gt=0)
-    skip: int = Field(1, gt=0)
-    train_steps: int = Field(1000, gt=0)
-    batch_size: int = Field(64, gt=0)
-    learning_rate: float = Field(2e-4, gt=0)
-    warmup_steps: int = Field(50, ge=0)
-    ema_decay: float = Field(0.99, ge=0, lt=1)
-    huber_c: float = Field(1e-3, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = 0
-
-
-class ExcludeRule(Config):
-    """Layers matching `pattern` stay in floating point (`exclude: false` takes them back in)."""
-
-    pattern: str
-    reason: str
-    exclude: bool = True
-
-
-class QuantizeConfig(Config):
-    """Post-training INT8 of one component: per-channel weights, static per-tensor activations.
-
-    `calibration_prompts` is a list or a JSON file with one; without it the model's own captions.
-    `exclude` rules are ordered, come after the built-in ones, and the last match decides.
-    """
-
-    component: Literal["unet"] = "unet"
-    format: Literal["int8"] = "int8"
-    algorithm: Literal["max", "percentile", "mse"] = "max"
-    percentile: float = Field(99.99, gt=50, le=100)
-    calibration_prompts: list[str] | Path = []
-    calibration_samples: int = Field(64, gt=0)
-    batch_size: int = Field(8, gt=0)
-    exclude: list[ExcludeRule] = []
-    seed: int = 0
-
-
-class ExportConfig(Config):
-    """Components to ONNX. `tolerance` bounds the relative L2 error of the graph against torch."""
-
-    components: list[str] = ["unet", "vae_decoder"]
-    opset: int = Field(20, ge=17, le=24)
-    dynamic: bool = True
-    exporter: Literal["dynamo", "torchscript"] = "dynamo"
-    tolerance: float = Field(1e-3, gt=0)
-    seed: int = 0
-
-
-class BuildConfig(Config):
-    """Engines to build and time; the fastest of each component is chosen by measurement.
-
-    Shapes are `{input name: [1, 8, 16, 16]}`; without them `batch` and the model's own size.
-    `compute_capabilities` ("8.0") are TensorRT targets that need no GPU here.
-    """
-
-    engines: list[EngineName] = ["eager", "onnxruntime", "openvino"]
-    precisions: list[Precision] = ["fp32", "bf16", "int8"]
-    components: list[str] = ["unet", "vae_decoder"]
-    batch: int = Field(1, gt=0)
-    min_shapes: dict[str, list[int]] = {}
-    opt_shapes: dict[str, list[int]] = {}
-    max_shapes: dict[str, list[int]] = {}
-    compute_capabilities: list[str] = []
-    builder_optimization_level: int = Field(3, ge=0, le=5)
-    threads: int | None = Field(None, gt=0)
-    repeats: int = Field(20, gt=0)
-    seed: int = 0
-
-
-class Threshold(Config):
-    """Bounds on one metric of the candidate: absolute, relative to the baseline, or a difference.
-
-    `drop_max`: baseline minus candidate may not exceed it.
-    """
-
-    min: float | None = None
-    max: float | None = None
-    ratio_min: float | None = None
-    ratio_max: float | None = None
-    drop_max: float | None = None
-
-    @model_validator(mode="after")
-    def _bounds_something(self) -> Threshold:
-        if not self.model_fields_set:
-            raise ValueError("a threshold needs one of min, max, ratio_min, ratio_max, drop_max")
-        return self
-
-
-class CheckConfig(Config):
-    """Candidate against baseline on `images` fixed seeds; a threshold on a missing metric fails.
-
-    `baseline` and `candidate` name artefacts of the run: the given model, the distilled student,
-    the built result. `prompts` is a list or a file like check_prompts.json.
-    """
-
-    name: str = "quality"
-    baseline: Literal["teacher", "student"] = "teacher"
-    candidate: Literal["student", "result"] = "result"
-    images: int = Field(256, gt=0)
-    batch_size: int = Field(16, gt=0)
-    prompts: list[str] | Path | None = None
-    thresholds: dict[str, Threshold] = {}
-    threads: int | None = Field(None, gt=0)
-    seed: int = 0
-
-
-class BenchConfig(Config):
-    """Interleaved pairs of teacher and result until decided, within `budget_s` seconds.
-
-    A ratio within `threshold` of 1 or a difference below `floor_ms` counts as the same speed.
-    `min_speedup`: the lower bound of the end-to-end interval must reach it; `min_denoiser_speedup`
-    likewise for the denoiser alone, over eager fp32.
-    """
-
-    pairs: int = Field(10, gt=0)
-    budget_s: float = Field(60.0, gt=0)
-    batch: int = Field(1, gt=0)
-    prompts: list[str] = []
-    threads: int | None = Field(None, gt=0)
-    threshold: float = Field(0.01, ge=0)
-    floor_ms: float = Field(0.0, ge=0)
-    min_speedup: float | None = Field(None, gt=0)
-    min_denoiser_speedup: float | None = Field(None, gt=0)
-    seed: int = 0
-
-
-class ReportConfig(Config):
-    """The page, the card and the grid: teacher, student and result side by side.
-
-    `prompts` (without it the first `images` of the model's check prompts) from seeds `seed` on.
-    `licence` (SPDX, lower case) goes into the model card; `name` is the recipe's unless given.
-    """
-
-    name: str = ""
-    title: str = ""
-    prompts: list[str] = []
-    images: int = Field(12, gt=0)
-    licence: str = ""
-    threads: int | None = Field(None, gt=0)
-    seed: int = 0
 
 
 class Recipe(Config):
@@ -201,8 +71,10 @@ class Recipe(Config):
     prompts: list[str] = []
     distill: DistillConfig | None = None
     quantize: QuantizeConfig | None = None
+    sensitivity: SensitivityConfig | None = None
     export: ExportConfig | None = None
     build: BuildConfig | None = None
+    cache: FeatureCacheConfig | None = None
     check: list[CheckConfig] = []
     bench: BenchConfig | None = None
     report: ReportConfig | None = None
@@ -237,6 +109,8 @@ class Recipe(Config):
             and {"onnxruntime", "openvino", "tensorrt"} & {*self.build.engines}
         ):
             raise ValueError("build.engines use ONNX graphs: add an `export:` section")
+        if self.sensitivity and not self.quantize:
+            raise ValueError("sensitivity chooses what quantize does: add a `quantize:` section")
         names = [check.name for check in self.check]
         if len(set(names)) < len(names):
             raise ValueError(f"the checks need distinct names, not {names}")

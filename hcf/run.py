@@ -48,15 +48,17 @@ ARTIFACT = "artifact"
 DONE = "done.json"
 VERDICT = "verdict.json"
 LADDER = "ladder.json"
+LOADING = ("hcf/load.py", "hcf/routing.py", "hcf/decode", "hcf/feature_cache")
 # Whose change makes a stage's earlier result stale.
 SOURCES: Mapping[str, tuple[str, ...]] = {
     "distill": ("hcf/distill", "hcf/trace.py", "taiji/train", "taiji/diffusion"),
+    "sensitivity": ("hcf/quantize", "hcf/export", "hcf/engines", "hcf/trace.py"),
     "quantize": ("hcf/quantize", "hcf/trace.py"),
     "export": ("hcf/export", "hcf/quantize", "hcf/trace.py"),
     "build": ("hcf/engines", "hcf/export"),
-    "check": ("hcf/quality", "hcf/load.py"),
-    "bench": ("hcf_bench", "hcf/load.py", "hcf/engines"),
-    "report": ("hcf/report", "hcf/run_report.py", "hcf/load.py"),
+    "check": ("hcf/quality", *LOADING),
+    "bench": ("hcf_bench", "hcf/engines", *LOADING),
+    "report": ("hcf/report", "hcf/run_report.py", *LOADING),
 }
 
 
@@ -126,10 +128,15 @@ def plan(recipe: Recipe) -> list[Step]:
         ("build", recipe.build),
     )
     for stage, config in artifact_stages:
-        if config is not None:
-            add(stage, stage, config, (result,), True)
-            result = stage
-            student = stage if stage == "distill" else student
+        if config is None:
+            continue
+        inputs: tuple[str, ...] = (result,)
+        if stage == "quantize" and recipe.sensitivity is not None:
+            add("sensitivity", "sensitivity", recipe.sensitivity, inputs, False)
+            inputs = (result, "sensitivity")
+        add(stage, stage, config, inputs, True)
+        result = stage
+        student = stage if stage == "distill" else student
     for check in recipe.check:
         names = {"teacher": "model", "student": student, "result": result}
         pair = (names[check.baseline], names[check.candidate])

@@ -21,6 +21,8 @@ from hcf.recipe import (
     ExportConfig,
     QuantizeConfig,
     ReportConfig,
+    SensitivityConfig,
+    stage_config,
 )
 from hcf.run import ARTIFACT, VERDICT, Inputs, Log, Stage
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from hcf.quality.gate import Verdict
 
 DATA = "hcf_data"
+RULES = "rules.yaml"  # what a sensitivity search found, as a recipe
 END_TO_END, STUDENT, DENOISER = "end_to_end.json", "student.json", "denoiser.json"
 # Words of hcf_bench's verdict. INVALID must not be read: wrong outputs, unequal threads.
 INVALID, FASTER = "INVALID", "FASTER"
@@ -39,10 +42,22 @@ def run_distill(folder: Path, inputs: Inputs, config: DistillConfig, log: Log) -
     distill(_only(inputs), folder / ARTIFACT, config, log)
 
 
-def run_quantize(folder: Path, inputs: Inputs, config: QuantizeConfig, log: Log) -> None:
-    from hcf.quantize.int8 import quantize
+def run_sensitivity(folder: Path, inputs: Inputs, config: SensitivityConfig, log: Log) -> None:
+    """Leaves the rules it chose as a recipe, which the quantize stage of the run follows."""
+    from hcf.engines.search import search
 
-    quantize(_only(inputs), folder / ARTIFACT, config, log)
+    search(_only(inputs), folder / RULES, config, log)
+
+
+def run_quantize(folder: Path, inputs: Inputs, config: QuantizeConfig, log: Log) -> None:
+    """With the rules of a sensitivity search after the recipe's own, where the run made one."""
+    from hcf.quantize.quantize import quantize
+
+    model, *searches = inputs.values()
+    for search in searches:
+        found = stage_config(QuantizeConfig, "quantize", search / RULES)
+        config = config.model_copy(update={"rules": [*config.rules, *found.rules]})
+    quantize(model, folder / ARTIFACT, config, log)
 
 
 def run_export(folder: Path, inputs: Inputs, config: ExportConfig, log: Log) -> None:
@@ -107,6 +122,7 @@ def run_report(folder: Path, inputs: Inputs, config: ReportConfig, log: Log) -> 
 
 STAGES: Mapping[str, Stage] = {
     "distill": run_distill,
+    "sensitivity": run_sensitivity,
     "quantize": run_quantize,
     "export": run_export,
     "build": run_build,

@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from hcf.artifact import read_manifest, verify
-from hcf.errors import InvalidArtifact, RecipeError
+from hcf.errors import HcfError, InvalidArtifact, RecipeError
 from hcf.export.component import relative_error
 from hcf.quantize.calibrate import CALIBRATION_FILE, load_calibration
-from hcf.quantize.int8 import DEFAULT_EXCLUSIONS, choose_layers, quantize, sampling_of
-from hcf.quantize.ranges import calibrate_scales, mse_amax, percentile_amax
+from hcf.quantize.presets import GENERAL
+from hcf.quantize.quantize import choose_layers, quantize, refuse_quantised_modules, sampling_of
+from hcf.quantize.ranges import calibrate_scales
 from hcf.quantize.report import fake_quantized, layer_errors
 from hcf.quantize.report import relative_error as denoiser_error
 from hcf.quantize.scales import REPORT_FILE, SCALES_FILE, LayerScale, read_scales, write_scales
+from hcf.quantize.statistics import collect_statistics
 from hcf.recipe import ExcludeRule, QuantizeConfig
 from hcf.trace import DenoiserCall, call_denoiser
 
@@ -36,6 +38,14 @@ def calls() -> list[DenoiserCall]:
         )
         for timestep in (999, 666, 333)
     ]
+
+
+def int8_scales(
+    unet: torch.nn.Module, layers: list[str], calls: list[DenoiserCall], **settings: Any
+) -> dict[str, LayerScale]:
+    statistics = collect_statistics(unet, layers, calls)
+    formats = dict.fromkeys(layers, "int8")
+    return calibrate_scales(unet, formats, statistics, QuantizeConfig(**settings), calls)
 
 
 def test_default_exclusions_have_reasons_and_embeddings_stay_float(tiny_xl_pipeline: Any) -> None:
@@ -75,7 +85,7 @@ def test_ranges_are_those_of_the_tensors(tiny_pipeline: Any, calls: list[Denoise
     for call in calls:
         call_denoiser(unet, call.sample, call.timestep, call.kwargs)
     hook.remove()
-    scale = calibrate_scales(unet, [name], calls)[name]
+    scale = int8_scales(unet, [name], calls)[name]
     assert scale.input_amax == pytest.approx(max(seen))
     weight = unet.get_submodule(name).weight
     np.testing.assert_allclose(scale.weight_amax, weight.abs().amax((1, 2, 3)).numpy())
@@ -88,33 +98,15 @@ def test_attention_inputs_share_one_range(tiny_pipeline: Any, calls: list[Denois
         f"mid_block.attentions.0.transformer_blocks.0.attn1.{n}" for n in ("to_q", "to_k", "to_v")
     ]
     for algorithm in ("max", "percentile", "mse"):
-        scales = calibrate_scales(tiny_pipeline.unet, names, calls, algorithm, percentile=99.0)
+        scales = int8_scales(tiny_pipeline.unet, names, calls, algorithm=algorithm, percentile=99.0)
         assert len({scale.input_amax for scale in scales.values()}) == 1
-
-
-def test_clipping_algorithms_narrow_the_range() -> None:
-    torch.manual_seed(0)
-    values = torch.cat([torch.randn(100_000), torch.full((3,), 40.0)]).abs()
-    counts = torch.histc(values, 2048, min=0, max=40).double()
-    exact = float(torch.quantile(values, 0.999))
-    assert percentile_amax(counts, 40.0, 99.9) == pytest.approx(exact, abs=2 * 40 / 2048)
-    assert percentile_amax(counts, 40.0, 100.0) == pytest.approx(40.0)
-
-    def error(amax: float) -> float:
-        step = amax / 127
-        return float(((values / step).round().clamp(-128, 127) * step - values).square().sum())
-
-    chosen = mse_amax(counts, 40.0)
-    assert chosen < 40.0
-    best = min(error(40.0 * percent / 100) for percent in range(20, 101))
-    assert error(chosen) <= 1.02 * best
 
 
 def test_unreached_layers_are_named(tiny_pipeline: Any, calls: list[DenoiserCall]) -> None:
     unet = copy.deepcopy(tiny_pipeline.unet)
     unet.spare = torch.nn.Linear(4, 4)
     with pytest.raises(InvalidArtifact, match="never reached.*spare"):
-        calibrate_scales(unet, ["spare", "mid_block.resnets.0.conv1"], calls)
+        int8_scales(unet, ["spare", "mid_block.resnets.0.conv1"], calls)
 
 
 def test_nan_weights_overflow_and_dead_inputs_are_named(
@@ -124,31 +116,35 @@ def test_nan_weights_overflow_and_dead_inputs_are_named(
     unet = copy.deepcopy(tiny_pipeline.unet)
     unet.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(InvalidArtifact, match="NaN or infinite weights: mid_block.resnets.0.conv1"):
-        calibrate_scales(unet, names, calls)
+        int8_scales(unet, names, calls)
     unet = copy.deepcopy(tiny_pipeline.unet)
     unet.mid_block.resnets[0].norm2.bias.data.fill_(float("inf"))
     with pytest.raises(InvalidArtifact, match="first in the input of mid_block.resnets.0.conv2"):
-        calibrate_scales(unet, names, calls)
+        int8_scales(unet, names, calls)
     unet = copy.deepcopy(tiny_pipeline.unet)
     unet.mid_block.resnets[0].norm2.weight.data.zero_()
     unet.mid_block.resnets[0].norm2.bias.data.zero_()
     with pytest.raises(InvalidArtifact, match="zero: mid_block.resnets.0.conv2"):
-        calibrate_scales(unet, names, calls)
+        int8_scales(unet, names, calls)
 
 
 def test_fake_quantised_model_is_modelopts(tiny_pipeline: Any, calls: list[DenoiserCall]) -> None:
     import modelopt.torch.quantization as mtq
 
-    from hcf.quantize.ranges import quant_cfg
-
     unet = tiny_pipeline.unet
     layers, _ = choose_layers(unet, [])
-    scales = calibrate_scales(unet, layers, calls)
+    scales = int8_scales(unet, layers, calls)
 
     def run(model: torch.nn.Module) -> list[torch.Tensor]:
         return [call_denoiser(model, c.sample, c.timestep, c.kwargs) for c in calls]
 
-    config = {"quant_cfg": quant_cfg(layers), "algorithm": "max"}
+    # the default configuration leaves out `*proj_out.*` and quantises the inputs of norms
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for name in layers:
+        for part, axis in (("weight", 0), ("input", None)):
+            cfg = {"num_bits": 8, "axis": axis}
+            entries.append({"quantizer_name": f"{name}.{part}_quantizer", "cfg": cfg})
+    config = {"quant_cfg": entries, "algorithm": "max"}
     with torch.no_grad():
         wanted = run(mtq.quantize(copy.deepcopy(unet), config, forward_loop=run))
         plain = run(unet)
@@ -167,7 +163,7 @@ def test_fake_quantised_model_is_modelopts(tiny_pipeline: Any, calls: list[Denoi
 def test_error_table_ranks_a_bad_layer_first(tiny_pipeline: Any, calls: list[DenoiserCall]) -> None:
     unet = tiny_pipeline.unet
     layers, _ = choose_layers(unet, [])
-    scales = calibrate_scales(unet, layers, calls)
+    scales = int8_scales(unet, layers, calls)
     rows = layer_errors(unet, scales, calls[:2])
     assert {row.layer for row in rows} == set(layers)
     assert all(20 < row.sqnr_db < 60 for row in rows)
@@ -220,20 +216,88 @@ def test_quantize_adds_to_a_plain_diffusers_folder(tiny_folder: Path, tmp_path: 
     assert len(calls) == summary["calibration_calls"] == 64
     report = json.loads((output / "unet" / REPORT_FILE).read_text())
     assert report["exclusions"]["mid_block.resnets.0.conv1"] == "a test"
-    assert report["exclusions"]["conv_in"] == dict(DEFAULT_EXCLUSIONS)["conv_in"]
+    assert report["exclusions"]["conv_in"] == GENERAL[0].reason
     assert len(report["layer_errors"]) == len(read_scales(output / "unet" / SCALES_FILE))
     assert report["relative_error"] == summary["relative_error"] > 0
     assert report["versions"]["nvidia-modelopt"].startswith("0.47")
+    assert report["preset"] == "generic" and any("general rules only" in line for line in lines)
+    assert report["formats"] == {"int8": len(report["layer_errors"])}
+    assert all(row["range"] == "input max, weight max" for row in report["layer_errors"])
+    with pytest.raises(HcfError, match="quantised already.*quantization.json"):
+        quantize(output, tmp_path / "again", config, lines.append)
+    assert not (tmp_path / "again").exists()
 
 
 def test_quantize_leaves_nothing_after_an_error(tiny_folder: Path, tmp_path: Path) -> None:
     config = QuantizeConfig(exclude=[ExcludeRule(pattern="nothing", reason="typo")])
     with pytest.raises(RecipeError):
         quantize(tiny_folder, tmp_path / "out" / "int8", config, lambda line: None)
-    with pytest.raises(RecipeError, match="set quantize.calibration_prompts"):
-        quantize(tiny_folder, tmp_path / "out" / "int8", QuantizeConfig(), lambda line: None)
+    with pytest.raises(RecipeError, match="do not cover the products of attention"):
+        config = QuantizeConfig(attention=True)
+        quantize(tiny_folder, tmp_path / "out" / "int8", config, lambda line: None)
+    with pytest.raises(RecipeError, match="preset 'sd16' is not known"):
+        config = QuantizeConfig(preset="sd16")
+        quantize(tiny_folder, tmp_path / "out" / "int8", config, lambda line: None)
     assert not (tmp_path / "out").exists()
 
 
 def test_sampling_defaults(tiny_pipeline: Any, tiny_folder: Path) -> None:
     assert sampling_of(tiny_pipeline, tiny_folder) == (50, 7.5)  # diffusers' own
+
+
+def test_weights_that_are_quantised_already_are_refused(
+    tiny_pipeline: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = tiny_folder / "unet" / "config.json"
+    entry = {"quantization_config": {"quant_method": "modelopt"}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **entry}))
+    with pytest.raises(HcfError, match=r"quantization_config \(modelopt\)"):
+        quantize(tiny_folder, tmp_path / "out", QuantizeConfig(), lambda line: None)
+
+    import modelopt.torch.quantization as mtq
+
+    entries = [{"quantizer_name": "*", "enable": False}]
+    unet = mtq.quantize(copy.deepcopy(tiny_pipeline.unet), {"quant_cfg": entries}, lambda m: None)
+    refuse_quantised_modules(tiny_pipeline.unet, "unet")
+    with pytest.raises(HcfError, match="unet.*is a modelopt.*quantised already"):
+        refuse_quantised_modules(unet, "unet")
+
+
+def test_scales_of_every_kind_survive_the_disk(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+
+    def some(*shape: int) -> Any:
+        return (generator.random(shape) + 0.1).astype(np.float32)
+
+    scales = {
+        "a": LayerScale(2.0, np.float32(3.0) * np.ones((), np.float32), "fp8", smooth=some(5)),
+        "b": LayerScale(None, some(4, 2), "int4", low_rank=(some(4, 2), some(2, 32))),
+        "c": LayerScale(None, some(4), "int8-weight"),
+        "d": LayerScale(1.0, some(4), bucket_amax=some(3), bucket_edges=some(4).cumsum()),
+    }
+    path = tmp_path / SCALES_FILE
+    write_scales(path, scales)
+    found = read_scales(path)
+    assert list(found) == list(scales)
+    for name, wanted in scales.items():
+        for field in ("scheme", "input_amax"):
+            assert getattr(found[name], field) == getattr(wanted, field)
+        for field in ("weight_amax", "smooth", "low_rank", "bucket_amax", "bucket_edges"):
+            ours, theirs = getattr(found[name], field), getattr(wanted, field)
+            assert (ours is None) == (theirs is None)
+            if theirs is not None:
+                pairs = zip(ours, theirs, strict=True) if field == "low_rank" else [(ours, theirs)]
+                assert all(a.shape == b.shape and np.array_equal(a, b) for a, b in pairs)
+    assert (found["d"].bucket_gain >= 1).all()
+
+    from safetensors.numpy import save_file
+
+    save_file({"a.weight_amax": some(4)}, path)
+    with pytest.raises(InvalidArtifact, match="has a.weight_amax but no a.input_amax"):
+        read_scales(path)
+    save_file({"a.weight_amax": some(4)}, path, metadata={"schemes": '{"a": "int3"}'})
+    with pytest.raises(InvalidArtifact, match="scheme 'int3'"):
+        read_scales(path)
+    # as older versions wrote
+    save_file({"a.weight_amax": some(4), "a.input_amax": np.asarray(some())}, path)
+    assert read_scales(path)["a"].scheme == "int8"

@@ -14,16 +14,18 @@ import torch
 from onnx import numpy_helper
 
 from hcf.errors import HcfError, InvalidArtifact
+from hcf.export import u8s8
 from hcf.export.component import graph_inputs, relative_error
 from hcf.export.inspect import inspect_onnx
 from hcf.export.onnx import export_component, graph_runner
 from hcf.export.passes import QdqCounts, insert_qdq
 from hcf.export.u8s8 import onnxruntime_form
-from hcf.quantize.int8 import choose_layers
-from hcf.quantize.ranges import calibrate_scales
+from hcf.quantize.quantize import choose_layers
+from hcf.quantize.ranges import calibrate_scales, layer_scale
 from hcf.quantize.report import fake_quantized, quantisable
 from hcf.quantize.scales import LayerScale
-from hcf.recipe import ExportConfig
+from hcf.quantize.statistics import LayerStatistics, Statistics, collect_statistics
+from hcf.recipe import ExportConfig, QuantizeConfig
 from hcf.trace import DenoiserCall, call_denoiser
 
 
@@ -33,6 +35,7 @@ class Case:
 
     unet: torch.nn.Module
     calls: list[DenoiserCall]
+    statistics: Statistics
     scales: dict[str, LayerScale]
     fp32: Path
     int8: Path
@@ -68,16 +71,18 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         )
         for timestep in (999.0, 666.0, 333.0)
     ]
+    calls[0].sample.mul_(4)  # ranges move over the trajectory
     folder = tmp_path_factory.mktemp("graphs")
     fp32, int8 = folder / "model.onnx", folder / "model.int8.onnx"
-    config = ExportConfig(components=["unet"], dynamic=False)
+    config = ExportConfig(components=["unet"], dynamic=False, opset=23)
     export_component(SimpleNamespace(unet=unet), "unet", graph_inputs(calls[0]), fp32, config)
     layers, _ = choose_layers(unet, [])
-    scales = calibrate_scales(unet, layers, calls)
+    statistics = collect_statistics(unet, layers, calls, buckets=3)
+    scales = calibrate_scales(unet, dict.fromkeys(layers, "int8"), statistics)
     graph, counts = insert_qdq(onnx.load(str(fp32)), scales)
     onnx.checker.check_model(graph, full_check=True)
     onnx.save(graph, str(int8))
-    return Case(unet, calls, scales, fp32, int8, counts)
+    return Case(unet, calls, statistics, scales, fp32, int8, counts)
 
 
 def plain_options() -> Any:
@@ -86,6 +91,7 @@ def plain_options() -> Any:
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 
@@ -104,6 +110,162 @@ def test_graph_computes_what_the_fake_quantised_model_computes(case: Case) -> No
     # one value on a rounding boundary that goes the other way moves all that comes after it by
     # about the quantisation error; calls without one agree
     assert min(shares) < 1e-3 and max(shares) < 1.5, shares
+
+
+MIXED = "mixed"
+SCHEMES: list[tuple[str, dict[str, Any]]] = [
+    ("fp8", {}),
+    ("fp8", {"weight_granularity": "tensor", "algorithm": "mse"}),
+    ("int8-weight", {}),
+    ("int4-weight", {"block_size": 32}),
+    ("int8", {"smooth": 0.5}),
+    ("int8", {"smooth": "search", "low_rank": 4, "weight_algorithm": "mse"}),
+    ("int4", {"low_rank": 4}),
+    ("int8", {"timestep_buckets": 3, "bucket_ratio": 1.05}),
+    (MIXED, {"timestep_buckets": 3, "bucket_ratio": 1.05, "smooth": 0.5, "low_rank": 4}),
+]
+
+
+@pytest.mark.parametrize(("scheme", "settings"), SCHEMES)
+def test_every_scheme_computes_what_its_simulation_computes(
+    case: Case, tmp_path: Path, scheme: str, settings: dict[str, Any]
+) -> None:
+    schemes = ("int8", "fp8", "int8-weight", "int4-weight", "int4")
+    formats = {
+        name: schemes[i % len(schemes)] if scheme == MIXED else scheme
+        for i, name in enumerate(case.scales)
+    }
+    config = QuantizeConfig(**settings)
+    scales = calibrate_scales(case.unet, formats, case.statistics, config, case.calls)
+    graph, counts = insert_qdq(onnx.load(str(case.fp32)), scales)
+    onnx.checker.check_model(graph, full_check=True)
+    path = tmp_path / "model.onnx"
+    onnx.save(graph, str(path))
+
+    assert counts.nodes == len(scales)
+    assert counts.low_rank == sum(s.low_rank is not None for s in scales.values())
+    assert counts.bucketed == sum(s.bucket_amax is not None for s in scales.values())
+    asked = {"low_rank": "low_rank", "bucketed": "timestep_buckets"}
+    assert all((getattr(counts, count) > 0) == (key in settings) for count, key in asked.items())
+    # 4 bits are smoothed without being asked
+    smoothed = "smooth" in settings or scheme.startswith("int4")
+    assert (counts.smoothed > 0) == (counts.folded > 0) == smoothed
+
+    run = graph_runner(path, plain_options())
+    shares: list[float] = []
+    for call in case.calls:
+        with torch.no_grad():
+            plain = call_denoiser(case.unet, call.sample, call.timestep, call.kwargs)
+            with fake_quantized(case.unet, scales):
+                wanted_output = call_denoiser(case.unet, call.sample, call.timestep, call.kwargs)
+        found = run(graph_inputs(call))
+        error = relative_error(found, plain)
+        assert 1e-3 < error < 0.6
+        shares.append(relative_error(found, wanted_output) / error)
+    # as above: a value on a rounding boundary may go the other way
+    assert min(shares) < 1e-3 and max(shares) < 1.5, shares
+
+
+def test_codes_take_the_type_of_their_scheme(case: Case) -> None:
+    kinds = onnx.TensorProto
+    name = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    conv = "mid_block.resnets.0.conv1"
+    wanted = {"fp8": kinds.FLOAT8E4M3FN, "int4-weight": kinds.INT4, "int8-weight": kinds.INT8}
+    for scheme, kind in wanted.items():
+        formats = {name: scheme, conv: scheme}
+        scales = calibrate_scales(
+            case.unet, formats, case.statistics, QuantizeConfig(smooth="none")
+        )
+        graph, counts = insert_qdq(onnx.load(str(case.fp32)), scales)
+        stored = [t for t in graph.graph.initializer if t.name.startswith((f"{name}.", f"{conv}."))]
+        codes = [t for t in stored if t.data_type == kind and "zero" not in t.name]
+        assert len(codes) == 2
+        assert counts.activation_quantizers == (2 if scheme == "fp8" else 0)
+        blocked = [n for n in graph.graph.node if any(a.name == "block_size" for a in n.attribute)]
+        assert len(blocked) == (2 if scheme == "int4-weight" else 0)
+
+
+def test_an_old_opset_is_refused_for_the_types_it_lacks(case: Case) -> None:
+    name = "mid_block.resnets.0.conv1"
+    for scheme, opset in (("fp8", 18), ("int4-weight", 20)):
+        model = onnx.load(str(case.fp32))
+        model.opset_import[0].version = opset
+        config = QuantizeConfig(smooth="none")
+        scales = calibrate_scales(case.unet, {name: scheme}, case.statistics, config)
+        with pytest.raises(HcfError, match=f"needs ONNX opset.*the graph has {opset}"):
+            insert_qdq(model, scales)
+
+
+def test_ranges_per_timestep_need_the_timestep(case: Case) -> None:
+    name = "mid_block.resnets.0.conv1"
+    config = QuantizeConfig(timestep_buckets=3, bucket_ratio=1.05)
+    scales = calibrate_scales(case.unet, {name: "int8"}, case.statistics, config)
+    model = onnx.load(str(case.fp32))
+    next(value for value in model.graph.input if value.name == "timestep").name = "time"
+    with pytest.raises(HcfError, match="need a graph input called 'timestep'"):
+        insert_qdq(model, scales)
+
+
+def test_weights_can_stay_on_disk_until_they_are_rounded(case: Case, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        onnx.load(str(case.fp32)),
+        str(path),
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=0,
+    )
+    scales = {name: s for i, (name, s) in enumerate(case.scales.items()) if i % 2}
+    wanted, counts = insert_qdq(onnx.load(str(case.fp32)), scales)
+    found, same = insert_qdq(onnx.load(str(path), load_external_data=False), scales, tmp_path)
+    assert same == counts
+    ours, theirs = (
+        {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        for model in (found, wanted)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4-weight", "int4"])
+def test_graphs_in_half_precision_keep_their_type(scheme: str, tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 32, bias=False)
+    x = torch.randn(2, 5, 64)
+    node = helper.make_node("MatMul", ["x", "a.weight_transposed"], ["y"])
+    node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'a']")
+    weight = layer.weight.detach().numpy().T.astype(np.float16)
+    graph = helper.make_graph(
+        [node],
+        "half",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["b", 5, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["b", 5, 32])],
+        [numpy_helper.from_array(np.ascontiguousarray(weight), "a.weight_transposed")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    layer.weight.data = layer.weight.data.half().float()
+    module = torch.nn.Sequential()
+    module.add_module("a", layer)
+    amax = float(x.abs().max())
+    seen = LayerStatistics(amax, x.abs().amax((0, 1)), torch.ones(2048), torch.ones(1))
+    config = QuantizeConfig(smooth="none", low_rank=4)
+    scale = layer_scale(layer, scheme, seen, torch.tensor([0.0, 1.0]), config)
+    found, _ = insert_qdq(model, {"a": scale})
+    onnx.checker.check_model(found, full_check=True)
+    path = tmp_path / "half.onnx"
+    onnx.save(found, str(path))
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        str(path), plain_options(), providers=["CPUExecutionProvider"]
+    )
+    y = torch.from_numpy(session.run(None, {"x": x.half().numpy()})[0]).float()
+    with torch.no_grad(), fake_quantized(module, {"a": scale}):
+        wanted = module(x.half().float())
+    # steps are rounded to half precision, and a few codes with them
+    assert relative_error(y, wanted) < 0.3 * relative_error(wanted, layer(x)) + 2e-3
 
 
 def test_counts_and_size(case: Case) -> None:
@@ -216,3 +378,33 @@ def test_onnxruntime_form_really_runs_int8(case: Case, tmp_path: Path) -> None:
     assert kinds["Conv"] + kinds["FusedConv"] == 2  # conv_in and conv_out
     with pytest.raises(InvalidArtifact, match="no node"):
         onnxruntime_form(case.fp32, case.calls, int8, ["mid_block.imaginary"])
+
+
+def test_onnxruntime_form_keeps_smoothing_and_branches(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [n for n in case.scales if n.startswith("mid_block")]
+    config = QuantizeConfig(smooth=0.5, low_rank=4)
+    formats = dict.fromkeys(names, "int8")
+    scales = calibrate_scales(case.unet, formats, case.statistics, config, case.calls)
+    exact = tmp_path / "exact.onnx"
+    model, counts = insert_qdq(onnx.load(str(case.fp32)), scales, quantise=False)
+    assert counts.smoothed and counts.low_rank and not counts.activation_quantizers
+    onnx.save(model, str(exact))
+    inputs = graph_inputs(case.calls[0])
+    wanted = graph_runner(case.fp32)(inputs)
+    assert relative_error(graph_runner(exact)(inputs), wanted) < 1e-5
+
+    int8 = tmp_path / "model.int8.u8s8.onnx"
+    kinds = onnxruntime_form(case.fp32, case.calls, int8, scales)
+    assert kinds["Conv"] == Counter(n.op_type for n in model.graph.node)["Conv"]
+    found = graph_runner(int8)(inputs)
+    assert 1e-4 < relative_error(found, wanted) < 0.05
+    monkeypatch.setattr(u8s8, "EXTERNAL_FROM_BYTES", 1000)  # as a graph of over 2 GB is written
+    large = tmp_path / "large" / int8.name
+    assert onnxruntime_form(case.fp32, case.calls, large, scales) == kinds
+    assert {p.name for p in large.parent.iterdir()} == {int8.name, f"{int8.name}.data"}
+    assert torch.equal(graph_runner(large)(inputs), found)
+    with pytest.raises(HcfError, match="INT8 throughout.*fp8"):
+        other = {names[0]: LayerScale(1.0, scales[names[0]].weight_amax, "fp8")}
+        onnxruntime_form(case.fp32, case.calls, int8, other)

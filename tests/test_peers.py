@@ -11,12 +11,12 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hcf.artifact import Sampling
 from hcf.errors import HcfError, InvalidArtifact, RecipeError
+from hcf.feature_cache import remove
+from hcf.feature_cache.install import CACHE
 from hcf_bench.peers import PEERS, Peer, PeerOptions, find_peer, sqnr_db
-from hcf_bench.peers.deepcache import DeepCache
 from hcf_bench.peers.onnx_graph import export_graph, graph_name
 from hcf_bench.stages import run_staged
 from hcf_bench.workloads import DTYPES, Case, DenoiseForward, Workload
@@ -289,55 +289,25 @@ def test_int8_says_what_the_rest_runs_in(
         assert "random" in report["notes"]
 
 
-def test_full_steps_of_deepcache_are_the_unets_own(tiny_pipeline: Any) -> None:
-    case = unet_case(tiny_pipeline)
-    arguments = [*case.inputs.values()]
-    with torch.no_grad():
-        wanted = tiny_pipeline.unet(*arguments, return_dict=False)[0]
-        cache = DeepCache(tiny_pipeline.unet, interval=2)
-        full = cache.forward(*arguments, return_dict=False)[0]
-        shallow = cache.forward(*arguments, return_dict=False)[0]
-        assert torch.equal(full, wanted)
-        # on the very inputs it was cached at, a shallow step computes the same
-        assert torch.equal(shallow, wanted)
-        later = [arguments[0], arguments[1] - 40, arguments[2]]
-        again = cache.forward(*later, return_dict=False)[0]
-        moved = cache.forward(*arguments, return_dict=False)[0]
-        assert torch.equal(again, cache.full(*later, return_dict=False)[0])
-        assert not torch.equal(moved, wanted) and sqnr_db(wanted, moved) > 5
-
-
-def test_shallow_steps_do_less(tiny_pipeline: Any) -> None:
-    arguments = [*unet_case(tiny_pipeline).inputs.values()]
-    cache = DeepCache(tiny_pipeline.unet, interval=2)
-    flops = []
-    for _ in range(2):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            cache.forward(*arguments, return_dict=False)
-        flops.append(counter.get_total_flops())
-    assert 0 < flops[1] < 0.4 * flops[0]
-
-
-def test_deepcache_takes_xl_unets(tiny_xl_pipeline: Any) -> None:
-    unet = tiny_xl_pipeline.unet
-    arguments = [torch.randn(1, 4, 8, 8), torch.tensor([501.0]), torch.randn(1, 16, 32)]
-    added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.ones(1, 6)}
-    with torch.no_grad():
-        wanted = unet(*arguments, added_cond_kwargs=added).sample
-        cache = DeepCache(unet)
-        for _ in range(2):
-            assert torch.equal(cache.forward(*arguments, added_cond_kwargs=added).sample, wanted)
-
-
-def test_deepcache_refuses_what_is_no_unet(tiny_pipeline: Any, tmp_path: Path) -> None:
-    with pytest.raises(HcfError, match="needs a UNet2DConditionModel, not a AutoencoderKL"):
-        DeepCache(tiny_pipeline.vae)
+def test_deepcache_refuses_what_is_no_unet(tmp_path: Path) -> None:
     with pytest.raises(HcfError, match="tiny/unet is none"):
         find_peer("deepcache-3").prepare(small_case(Small()), PeerOptions("cpu", 1, tmp_path))
-    with pytest.raises(HcfError, match="before any full one"):
-        DeepCache(tiny_pipeline.unet).shallow(
-            *unet_case(tiny_pipeline).inputs.values(), return_dict=False
-        )
+
+
+def test_a_cycle_of_deepcache_is_one_full_step_and_shallow_ones(
+    tiny_pipeline: Any, tmp_path: Path
+) -> None:
+    case = unet_case(tiny_pipeline)
+    wanted = case.run()
+    prepared = find_peer("deepcache-3").prepare(case, PeerOptions("cpu", THREADS, tmp_path))
+    memory = tiny_pipeline.unet.__dict__[CACHE].memory
+    before = memory.full_calls, memory.shallow_calls
+    found = prepared.run()
+    assert (memory.full_calls, memory.shallow_calls) == (before[0] + 1, before[1] + 2)
+    report = prepared.report
+    assert prepared.forwards == report["interval"] == 3 and report["branch"] == 0
+    assert report["timesteps"] == [541.0, 521.0, 501.0] and report["shallow_flop_ratio"] < 0.4
+    assert sqnr_db(wanted, found) == pytest.approx(report["shallow_sqnr_db"], abs=0.01)
 
 
 def test_deepcache_starts_afresh_with_each_image(tiny_pipeline: Any, tmp_path: Path) -> None:
@@ -354,7 +324,7 @@ def test_deepcache_starts_afresh_with_each_image(tiny_pipeline: Any, tmp_path: P
     assert not torch.equal(first.images, plain)
     one_step = Sampling(steps=1, guidance_scale=1.0)
     cached = run_staged(tiny_pipeline, ["red cat"], one_step, seed=0).images
-    del tiny_pipeline.unet.forward
+    remove(tiny_pipeline)
     assert torch.equal(cached, run_staged(tiny_pipeline, ["red cat"], one_step, seed=0).images)
 
 

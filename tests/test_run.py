@@ -138,7 +138,7 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["teacher"]
     reused(recipe(tmp_path))
     lines: list[str] = []
-    changed = recipe(tmp_path, export={"opset": 21})
+    changed = recipe(tmp_path, export={"opset": 22})
     run_recipe(changed, stages=STAGES, dry_run=True, log=lines.append)
     assert "2. quantize: reused (reads distill)" in lines
     assert "3. export: would run (reads quantize)" in lines

@@ -9,40 +9,41 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from hcf.engines.tensorrt import (
     PlanOptions,
     build_plan,
     network_precisions,
-    package,
-    parse_shapes,
     plan_entry,
     version,
 )
+from hcf.engines.tensorrt_profiles import describe, pick_profile, span, with_rows
+from hcf.engines.tensorrt_refit import initialisers
 from hcf.engines.tensorrt_runtime import TensorRTEngine, read_key
 from hcf.errors import (
-    EngineMismatch,
     HcfError,
     InvalidArtifact,
     MissingDependency,
-    RecipeError,
 )
 from hcf.export.component import graph_inputs, relative_error
+from hcf.export.graphs import graph_name, save_graph
 from hcf.export.onnx import export_component, graph_runner
 from hcf.export.passes import insert_qdq
-from hcf.quantize.int8 import choose_layers
+from hcf.export.precision import lower
+from hcf.quantize.quantize import choose_layers
 from hcf.quantize.ranges import calibrate_scales
 from hcf.quantize.report import quantisable
+from hcf.quantize.statistics import collect_statistics
 from hcf.recipe import BuildConfig, ExportConfig
 from hcf.trace import DenoiserCall
 
 pytestmark = pytest.mark.trt
 SM80 = PlanOptions(driver="tensorrt_rtx", compute_capability="8.0")
+MINI = Path(__file__).parents[1] / "models/weights/taiji-sd-mini/unet"
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,88 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         cross_attention_dim=48,
         use_linear_projection=True,
     )
+    folder = tmp_path_factory.mktemp("artefact")
+    text = {"encoder_hidden_states": torch.randn(2, 7, 48)}
+    graphs = write_graphs(unet, text, 8, folder, ("int8",), dynamic=False)
+    convolutions = [n for n in graphs.layers if quantisable(unet, n).weight.ndim == 4]
+    return Case(
+        folder, graphs.files["fp32"], graphs.files["int8"], convolutions, graphs.layers,
+        graphs.inputs,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Graphs of one U-Net in an artefact-like folder: "fp32", "fp16", "int8", "int8.fp16", ..."""
+
+    folder: Path
+    files: dict[str, Path]
+    layers: list[str]
+    inputs: dict[str, torch.Tensor]
+
+
+def write_graphs(
+    unet: Any,
+    conditioning: dict[str, torch.Tensor],
+    size: int,
+    folder: Path,
+    formats: tuple[str, ...],
+    dynamic: bool = True,
+) -> Graphs:
+    """fp32 and fp16 graphs of `unet`, and Q/DQ of each format in both, calibrated on noise."""
+    import onnx_ir as ir
+
     unet.eval().requires_grad_(False)
-    text = torch.randn(2, 7, 48)
+    channels = unet.config.in_channels
     calls = [
-        DenoiserCall(torch.randn(2, 4, 8, 8), torch.full((2,), t), {"encoder_hidden_states": text})
+        DenoiserCall(torch.randn(2, channels, size, size), torch.full((2,), t), conditioning)
         for t in (999.0, 333.0)
     ]
-    folder = tmp_path_factory.mktemp("artefact")
-    fp32, int8 = folder / "unet" / "model.onnx", folder / "unet" / "model.int8.onnx"
+    own = folder / "unet"
+    files = {"fp32": own / "model.onnx", "fp16": own / "model.fp16.onnx"}
     inputs = graph_inputs(calls[0])
-    pipe = SimpleNamespace(unet=unet)
-    config = ExportConfig(components=["unet"], dynamic=False)
-    export_component(pipe, "unet", inputs, fp32, config)
+    config = ExportConfig(components=["unet"], dynamic=dynamic)
+    export_component(SimpleNamespace(unet=unet), "unet", inputs, files["fp32"], config)
+    model = ir.load(files["fp32"])
+    lower(model, "fp16")
+    save_graph(model, files["fp16"])
     layers, _ = choose_layers(unet, [])
-    graph, _ = insert_qdq(onnx.load(str(fp32)), calibrate_scales(unet, layers, calls))
-    onnx.save(graph, str(int8))
-    convolutions = [n for n in layers if quantisable(unet, n).weight.ndim == 4]
-    return Case(folder, fp32, int8, convolutions, layers, inputs)
+    statistics = collect_statistics(unet, layers, calls)
+    for kind in formats:
+        scales = calibrate_scales(unet, dict.fromkeys(layers, kind), statistics)
+        for floating in ("fp32", "fp16"):
+            name = graph_name(kind, floating)
+            graph, _ = insert_qdq(onnx.load(str(files[floating])), scales)
+            files[name.removeprefix("model.").removesuffix(".onnx")] = own / name
+            onnx.save(graph, str(own / name))
+    return Graphs(folder, files, layers, inputs)
+
+
+@pytest.fixture(scope="module", params=["sd15", "taiji"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
+    """The U-Net of SD 1.5 at a tenth of its width, and the whole one of the Taiji mini model."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "sd15":
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(32, 64, 96, 96),
+            layers_per_block=1,
+            attention_head_dim=8,
+            cross_attention_dim=64,
+        )
+        text = {"encoder_hidden_states": torch.randn(2, 77, 64)}
+        return write_graphs(unet, text, 16, folder, ("int8", "fp8"))
+    config = json.loads((MINI / "config.json").read_text())
+    unet = UNet2DConditionModel.from_config(config)
+    text = {
+        "encoder_hidden_states": torch.randn(2, 77, 192),
+        "text_embeds": torch.randn(2, 320),
+        "time_ids": torch.rand(2, 6) * 100,
+    }
+    return write_graphs(unet, text, 16, folder, ("int8", "fp8"))
 
 
 def shapes_of(inputs: dict[str, torch.Tensor]) -> dict[str, list[int]]:
@@ -142,79 +208,6 @@ def test_an_fp32_graph_is_no_int8_plan(case: Case) -> None:
         plan_entry(case.folder, "unet", case.fp32, "int8", BuildConfig(), "8.0", opt)
 
 
-def test_a_dynamic_graph_gets_a_profile(tmp_path: Path) -> None:
-    graph = small_graph(tmp_path / "int8.onnx", TensorProto.INT8, rows="batch")
-    shapes = replace(SM80, min_shapes={"x": [1, 16]}, opt_shapes={"x": [2, 16]})
-    plan = build_plan(graph, tmp_path, replace(shapes, max_shapes={"x": [8, 16]}))
-    assert read_key(plan)["shapes"] == {"x": [[1, 16], [2, 16], [8, 16]]}
-    other = build_plan(graph, tmp_path, replace(shapes, max_shapes={"x": [4, 16]}))
-    assert other != plan  # the shapes are part of the key
-
-
-def test_shapes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    graph = small_graph(tmp_path / "int8.onnx", TensorProto.INT8, rows="batch")
-    with pytest.raises(RecipeError, match="needs opt shapes"):
-        build_plan(graph, tmp_path, SM80)
-    with pytest.raises(RecipeError, match="no input 'samples'"):
-        build_plan(graph, tmp_path, replace(SM80, opt_shapes={"samples": [1]}))
-    for wrong in ([2, 17], [2], [4, 16]):
-        options = replace(SM80, opt_shapes={"x": wrong}, max_shapes={"x": [2, 16]})
-        with pytest.raises(RecipeError, match="^x: "):
-            build_plan(graph, tmp_path, options)
-    assert parse_shapes("sample:1x4x64x64,timestep:1") == {
-        "sample": [1, 4, 64, 64],
-        "timestep": [1],
-    }
-    for text in ("sample", "sample:", "sample:1x0", "sample:axb"):
-        with pytest.raises(RecipeError, match="no shape"):
-            parse_shapes(text)
-
-
-def small_graph(path: Path, kind: int, rows: int | str = 1) -> Path:
-    """x (rows, 16) -> x W, both sides quantised to `kind` (INT8 or FLOAT8E4M3FN)."""
-    rng = np.random.default_rng(0)
-    tensors = [
-        numpy_helper.from_array(rng.standard_normal((16, 16)).astype(np.float32), "w"),
-        numpy_helper.from_array(np.float32(0.05), "scale"),
-        helper.make_tensor("zero", kind, [], [0]),
-    ]
-    nodes = []
-    for name in ("x", "w"):
-        nodes.append(helper.make_node("QuantizeLinear", [name, "scale", "zero"], [f"{name}_q"]))
-        nodes.append(
-            helper.make_node("DequantizeLinear", [f"{name}_q", "scale", "zero"], [f"{name}_d"])
-        )
-    nodes.append(helper.make_node("MatMul", ["x_d", "w_d"], ["y"], name="product"))
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [rows, 16]) for n in ("x", "y")]
-    graph = helper.make_graph(nodes, "small", values[:1], values[1:], tensors)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), str(path))
-    return path
-
-
-def test_fp8_for_sm80_is_refused_in_tensorrts_words(tmp_path: Path) -> None:
-    graph = small_graph(tmp_path / "fp8.onnx", TensorProto.FLOAT8E4M3FN)
-    assert network_precisions(graph, "tensorrt_rtx")["product"].precision == "fp8"
-    with pytest.raises(HcfError, match="(?s)for sm80.*fp8"):
-        build_plan(graph, tmp_path / "plans", SM80)
-    assert not (tmp_path / "plans").exists()
-    plan = build_plan(graph, tmp_path / "plans", replace(SM80, compute_capability="8.9"))
-    assert read_key(plan)["layer_precisions"] == {"fp8": 1}
-
-
-def test_targets_and_options_that_do_not_exist_are_errors(tmp_path: Path) -> None:
-    graph = small_graph(tmp_path / "int8.onnx", TensorProto.INT8)
-    with pytest.raises(RecipeError, match="does not build for sm90"):
-        build_plan(graph, tmp_path, replace(SM80, compute_capability="9.0"))
-    with pytest.raises(HcfError, match="no option PASCAL"):
-        build_plan(graph, tmp_path, replace(SM80, hardware_compatibility_level="pascal"))
-    if not torch.cuda.is_available():
-        with pytest.raises(MissingDependency, match="no GPU here"):
-            build_plan(graph, tmp_path, replace(SM80, compute_capability=None))
-        with pytest.raises(HcfError, match="cannot build"):
-            build_plan(graph, tmp_path, replace(SM80, refit=True))
-    assert list(tmp_path.iterdir()) == [graph]
-
-
 def test_graphs_that_cannot_be_parsed_name_the_reason(tmp_path: Path) -> None:
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
     node = helper.make_node("Imaginary", ["x"], ["y"], domain="nowhere")
@@ -231,31 +224,6 @@ def test_graphs_that_cannot_be_parsed_name_the_reason(tmp_path: Path) -> None:
         network_precisions(tmp_path / "absent.onnx")
 
 
-def test_plans_of_another_version_or_without_a_key_are_refused(tmp_path: Path) -> None:
-    graph = small_graph(tmp_path / "int8.onnx", TensorProto.INT8)
-    plan = build_plan(graph, tmp_path / "plans", SM80)
-    sidecar = plan.with_suffix(".json")
-    key = json.loads(sidecar.read_text())
-    sidecar.write_text(json.dumps({**key, "version": "0.1"}))
-    with pytest.raises(EngineMismatch, match="built by tensorrt_rtx 0.1"):
-        TensorRTEngine(plan, "unet", "int8")
-    sidecar.write_text("{")
-    with pytest.raises(InvalidArtifact, match="damaged"):
-        TensorRTEngine(plan, "unet", "int8")
-    sidecar.unlink()
-    with pytest.raises(InvalidArtifact, match="missing"):
-        TensorRTEngine(plan, "unet", "int8")
-
-
-def test_missing_package_says_what_to_install() -> None:
-    try:
-        import tensorrt  # noqa: F401
-    except ImportError:
-        with pytest.raises(MissingDependency, match=r"hcf-toolkit\[trt\]"):
-            package("tensorrt")
-    assert version().rpartition(" ")[2]
-
-
 @pytest.mark.gpu
 @pytest.mark.trt_run
 def test_a_plan_computes_what_the_graph_computes(case: Case, tmp_path: Path) -> None:
@@ -265,3 +233,86 @@ def test_a_plan_computes_what_the_graph_computes(case: Case, tmp_path: Path) -> 
         found = engine(case.inputs)["out_sample"].cpu()
         assert relative_error(found, graph_runner(case.fp32)(case.inputs)) < limit
         assert torch.equal(found, engine(case.inputs)["out_sample"].cpu())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("graph", "precision", "capability"),
+    [("fp16", "fp16", "8.0"), ("int8.fp16", "int8", "8.0"), ("fp8.fp16", "fp8", "8.9")],
+)
+def test_real_unets_build_with_dynamic_profiles(
+    family: Graphs, graph: str, precision: str, capability: str
+) -> None:
+    opt = shapes_of(family.inputs)
+    large = {**opt, "sample": [2, opt["sample"][1], 32, 24]}
+    profiles = [
+        span([opt, with_rows(opt, 1)]),
+        span([large, with_rows(large, 1), with_rows(large, 4)]),
+    ]
+    config = BuildConfig(tensorrt_driver="tensorrt_rtx", builder_optimization_level=1)
+    entry = plan_entry(
+        family.folder, "unet", family.files[graph], precision, config, capability, opt, profiles, 8
+    )
+    counts = entry.layer_precisions
+    islands = "fp32" if precision == "fp16" else "fp16"
+    if precision == "fp16":
+        assert counts["fp16"] > len(family.layers) and counts[islands] > 0  # the time embedding
+    else:
+        assert counts[precision] == len(family.layers) and counts[islands] > 0
+    assert len(entry.details["profiles"]) == 2 and entry.file is not None
+    key = read_key(family.folder / entry.file)
+    lines = describe(key["profiles"], key["pixels_per_latent"])
+    assert "(256 x 192 pixels)" in lines[1] and "sample 1..4" in lines[1]
+    assert pick_profile(key["profiles"], with_rows(large, 3), "plan", 8) == 1
+    with pytest.raises(
+        HcfError, match=r"takes no input of sample 2x\d+x64x64 \(512 x 512 pixels\)"
+    ):
+        beyond = {**opt, "sample": [2, opt["sample"][1], 64, 64]}
+        pick_profile(key["profiles"], beyond, "plan", 8)
+    assert entry.details["workspace"] == [{"gib": None, "outcome": "built"}]
+
+
+@pytest.mark.gpu
+@pytest.mark.trt_run
+def test_calls_of_several_shapes_replay_and_keep_their_outputs(
+    family: Graphs, tmp_path: Path
+) -> None:
+    opt = shapes_of(family.inputs)
+    large = {**opt, "sample": [2, opt["sample"][1], 32, 24]}
+    options = PlanOptions(driver="tensorrt", profiles=(span([opt, with_rows(opt, 1)]),
+                          span([large])), pixels_per_latent=8, refit=True)  # fmt: skip
+    plan = build_plan(family.files["fp16"], tmp_path, options)
+    engine = TensorRTEngine(plan, "unet", "fp16")
+    run = graph_runner(family.files["fp32"])
+    kept = []
+    for step in range(4):  # plain, captured, replayed
+        for size in ((16, 16), (32, 24)):
+            inputs = {**family.inputs, "sample": torch.randn(2, opt["sample"][1], *size)}
+            inputs["timestep"] = torch.full((2,), 100.0 * step)
+            placed = {name: tensor.cuda() for name, tensor in inputs.items()}
+            kept.append((engine(placed)["out_sample"], run(inputs)["out_sample"]))
+    for found, wanted in kept:
+        assert relative_error(found.cpu(), wanted) < 0.02
+    assert engine.report.details["cuda_graphs"] == "on"
+    with pytest.raises(HcfError, match="Its profiles"):
+        engine({**family.inputs, "sample": torch.randn(2, opt["sample"][1], 64, 64)})
+
+    # A, B, A: each from the pristine plan
+    name = next(n for n in ("denoiser.conv_out.bias",))
+    bias = initialisers(family.files["fp16"], [name])[name]
+    first = TensorRTEngine(plan, "unet", "fp16", weights={name: bias})(family.inputs)["out_sample"]
+    moved = TensorRTEngine(plan, "unet", "fp16", weights={name: bias + 1})(family.inputs)
+    again = TensorRTEngine(plan, "unet", "fp16", weights={name: bias})(family.inputs)["out_sample"]
+    assert torch.equal(first, again)
+    assert torch.allclose(moved["out_sample"], first + 1, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.trt_run
+def test_a_stripped_plan_gets_its_weights_from_the_graph(case: Case, tmp_path: Path) -> None:
+    options = PlanOptions(driver="tensorrt", opt_shapes=shapes_of(case.inputs))
+    whole = TensorRTEngine(build_plan(case.fp32, tmp_path, options), "unet", "fp32")
+    plan = build_plan(case.fp32, tmp_path, replace(options, strip_weights=True))
+    stripped = TensorRTEngine(plan, "unet", "fp32")
+    found, wanted = (engine(case.inputs)["out_sample"] for engine in (stripped, whole))
+    assert relative_error(found, wanted) < 1e-3

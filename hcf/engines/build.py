@@ -2,17 +2,18 @@
 
 The candidates of a component run in one process with equal threads, in rounds whose order rotates,
 so that what else the machine does falls on all of them. The fastest one that computes the same as
-eager fp32, within what its precision explains, is chosen. Nothing prefers INT8: it has to win.
+eager fp32, within what its precision explains, is chosen (`hcf.engines.selection`). Nothing prefers
+a quantised one: it has to win. TensorRT plans for the GPU here are candidates like the others;
+plans for a GPU named in `compute_capabilities` are built and not run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,266 +21,176 @@ import torch
 from torch import Tensor
 
 from hcf.artifact import EngineEntry, clone_artifact, staged_folder, write_manifest
-from hcf.engines import PRECISIONS, Engine, machine_kind
+from hcf.engines import ON_DEVICE, PRECISIONS, SIMULATED, Engine, is_floating
+from hcf.engines.eager import provider_of
 from hcf.engines.forms import (
     SUFFIXES,
     build_form,
     engine_version,
     entry_name,
+    here,
     open_form,
     open_torch,
     source_graph,
-    speed,
 )
+from hcf.engines.products import graph_products
+from hcf.engines.selection import choose as choose
+from hcf.engines.tensorrt_profiles import ShapeRange, span
+from hcf.engines.timing import record_latency
+from hcf.engines.timing import time_interleaved as time_interleaved
+from hcf.engines.timing import torch_threads as torch_threads
 from hcf.errors import HcfError, RecipeError
-from hcf.export.component import example_calls, relative_error
-from hcf.recipe import BuildConfig
+from hcf.export.component import example_calls, example_inputs, relative_error
+from hcf.recipe import BuildConfig, ShapeProfile
 from hcf.source import open_pipeline
 
 Log = Callable[[str], None]
+Inputs = dict[str, Tensor]
 
-# Relative L2 distance to eager fp32 that rounding explains; more means a wrong graph.
-ERROR_LIMITS = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.3}
 PARITY_STEPS = 4
-TURN_MS = 20.0  # a fast call takes more than one sample in its turn
+SHAPE_FIELDS = ("min_shapes", "opt_shapes", "max_shapes")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One engine in one precision. `provider`: ONNX Runtime's; `target`: a GPU named for a plan."""
+
+    engine: str
+    precision: str
+    device: str
+    provider: str = ""
+    target: str | None = None
+
+    @property
+    def simulated(self) -> bool:
+        return self.engine == "eager" and not is_floating(self.precision)
+
+
+REFERENCE = ("eager", "fp32")
 
 
 def build(model: Path, output: Path, config: BuildConfig, log: Log = print) -> Path:
     """Artefact `model` with its ONNX graphs -> artefact `output` with engines, times and a choice.
 
-    Raises MissingDependency for an engine that is not installed, InvalidArtifact where a graph is
-    missing, HcfError where no candidate of a component computes what torch does.
+    Raises as `build_components`.
     """
     pipe = open_pipeline(model)
-    threads = config.threads or torch.get_num_threads()
-    with staged_folder(output) as folder, torch_threads(threads):
+    with staged_folder(output) as folder:
         manifest = clone_artifact(model, folder)
         shutil.rmtree(folder / "engines", ignore_errors=True)
         manifest.engines, manifest.chosen = {}, {}
-        pairs = {c: _candidates(folder, c, config, log) for c in config.components}
+        manifest.engines, manifest.chosen = build_components(pipe, folder, config, log)
+        write_manifest(folder, manifest)
+    return output
+
+
+def build_components(
+    pipe: Any, folder: Path, config: BuildConfig, log: Log = print
+) -> tuple[dict[str, list[EngineEntry]], dict[str, str]]:
+    """Engines of `pipe`'s components into artefact `folder`, which holds their graphs.
+
+    Returns the entries of each component, every one with the reason it was or was not chosen, and
+    the name of the chosen one. Raises MissingDependency for an engine that is not installed,
+    InvalidArtifact where a graph is missing, HcfError where an engine does not get the precision it
+    was asked for (unless `config.keep_going`) or no candidate computes what torch does.
+    """
+    device = device_of(config)
+    threads = config.threads or torch.get_num_threads()
+    with torch_threads(threads):
+        found = {c: candidates(folder, c, config, device, log) for c in config.components}
         asked = config.precisions if "precisions" in config.model_fields_set else []
-        found = {precision for some in pairs.values() for _, precision in some}
-        if lost := [precision for precision in asked if precision not in found]:
+        there = {one.precision for some in found.values() for one in some}
+        if lost := [precision for precision in asked if precision not in there]:
             raise RecipeError(
                 f"build.precisions asks for {', '.join(lost)}, which no component can have with "
                 f"the engines {', '.join(config.engines)}",
                 fix="run `hcf quantize` and `hcf export` first, or leave it out",
             )
+        engines: dict[str, list[EngineEntry]] = {}
+        chosen: dict[str, str] = {}
         for component in config.components:
-            entries = _build_component(pipe, folder, component, pairs[component], threads, config)
-            if "tensorrt" in config.engines:
-                entries += _build_plans(
-                    folder, component, pairs[component], entries[0], config, log
-                )
-            manifest.engines[component] = entries
+            entries = _build_component(
+                pipe, folder, component, found[component], device, threads, config, log
+            )
             best = choose(component, entries, config.engines, log)
-            manifest.chosen[component] = entry_name(entries[best])
-        write_manifest(folder, manifest)
-    return output
+            engines[component], chosen[component] = entries, entry_name(entries[best])
+    return engines, chosen
 
 
-def choose(component: str, entries: Sequence[EngineEntry], engines: Sequence[str], log: Log) -> int:
-    """Index of the fastest entry of `engines` whose error its precision explains."""
-    allowed = [
-        i
-        for i, e in enumerate(entries)
-        if e.engine in engines
-        and e.latency_ms is not None
-        and e.error is not None
-        and e.error <= ERROR_LIMITS[e.precision]
-    ]
-    if not allowed:
-        raise HcfError(
-            f"no engine of {component} computes what eager fp32 does: "
-            + ", ".join(f"{e.engine} {e.precision} error {e.error}" for e in entries),
-            fix="export again, or quantise fewer layers",
-        )
-    best = min(allowed, key=lambda i: speed(entries[i]))
-    baseline = next(e for e in entries if e.engine == "eager" and e.precision == "fp32")
-    for index, e in enumerate(entries):
-        if e.latency_ms is None or baseline.latency_ms is None:
-            continue
-        log(
-            f"{component}: {e.engine:<11} {e.precision} {e.latency_ms:8.2f} ms "
-            f"[{e.latency_low_ms:.2f}, {e.latency_high_ms:.2f}] "
-            f"{baseline.latency_ms / e.latency_ms:5.2f}x  error {e.error:.1e}  "
-            f"{e.layer_precisions}{'  <- chosen' if index == best else ''}"
-        )
-        if e.error is not None and e.error > ERROR_LIMITS[e.precision]:
-            log(f"{component}: {e.engine} {e.precision} is no candidate: its error is too large")
-    int8 = [i for i in allowed if entries[i].precision == "int8"]
-    if int8 and entries[best].precision != "int8":
-        log(
-            f"{component}: INT8 is not the fastest here; {entries[best].engine} "
-            f"{entries[best].precision} is, and is chosen"
-        )
-    return best
+def device_of(config: BuildConfig) -> str:
+    """ "cpu" or "cuda"; MissingDependency for a GPU that is asked for and not here."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    provider_of(torch.device(config.device))
+    return config.device
 
 
-def time_interleaved(
-    calls: Sequence[Callable[[], Any]], repeats: int, warmup: int = 2
-) -> list[list[float]]:
-    """Milliseconds of each call, at least `repeats` samples, in rounds whose order rotates.
+def candidates(
+    folder: Path, component: str, config: BuildConfig, device: str, log: Log
+) -> list[Candidate]:
+    """What can be built of `component` with the engines and precisions asked for.
 
-    In its turn a call runs once untimed (the threads of the one before it may still spin), then
-    for about `TURN_MS`, every run a sample.
+    What cannot, and why, is logged. A format that no engine asked for runs is simulated by eager.
     """
-    runs: list[int] = []
-    for call in calls:
-        for _ in range(warmup):
-            call()
-        start = time.perf_counter()
-        call()
-        took_ms = (time.perf_counter() - start) * 1e3
-        runs.append(max(1, min(10, round(TURN_MS / max(took_ms, 1e-3)))))
-    samples: list[list[float]] = [[] for _ in calls]
-    for turn in range(repeats):
-        for offset in range(len(calls)):
-            index = (turn + offset) % len(calls)
-            calls[index]()
-            for _ in range(runs[index]):
-                start = time.perf_counter()
-                calls[index]()
-                samples[index].append((time.perf_counter() - start) * 1e3)
-    return samples
-
-
-@contextlib.contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """torch's number of threads inside; what it was, after."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _candidates(
-    folder: Path, component: str, config: BuildConfig, log: Log
-) -> list[tuple[str, str]]:
-    """(engine, precision) pairs that exist for `component`; what does not is logged."""
-    pairs: list[tuple[str, str]] = []
+    found: list[Candidate] = []
     for engine in config.engines:
         engine_version(engine)  # raises for one that is not installed
-        for precision in config.precisions:
-            if precision not in PRECISIONS[engine]:
-                continue
-            if (
-                precision == "int8"
-                and not source_graph(folder, component, engine, precision).is_file()
-            ):
-                log(f"{component}: not quantised, so {engine} int8 is no candidate")
-                continue
-            if engine == "openvino" and precision == "bf16" and not _openvino_has_bf16():
-                log(f"{component}: this CPU has no bf16 arithmetic: no openvino bf16")
-                continue
-            pairs.append((engine, precision))
-    return pairs
-
-
-def _build_component(
-    pipe: Any,
-    folder: Path,
-    component: str,
-    pairs: Sequence[tuple[str, str]],
-    threads: int,
-    config: BuildConfig,
-) -> list[EngineEntry]:
-    """Entries with error and latency of every pair, eager fp32 (the reference) first."""
-    calls = [
-        with_shapes(inputs, config.opt_shapes)
-        for inputs in example_calls(pipe, component, config.batch, PARITY_STEPS, config.seed)
-    ]
-    names = list(calls[0])
-    engines: list[Engine] = []
-    entries: list[EngineEntry] = []
-    outputs: list[Tensor] = []
-    for engine, precision in dict.fromkeys([("eager", "fp32"), *pairs]):
-        if engine == "tensorrt":
+        if engine == "openvino" and device != "cpu":
+            log(f"{component}: openvino runs on the CPU, not on the GPU asked for: no candidate")
             continue
-        started = time.perf_counter()
-        entry = EngineEntry(
-            engine=engine,
-            precision=precision,
-            version=engine_version(engine),
-            machine=machine_kind(),
-            shapes={name: [list(tensor.shape)] for name, tensor in calls[0].items()},
-            threads=threads,
-            notes=f"batch {config.batch}; median, 10th and 90th percentile",
-        )
-        if engine in SUFFIXES:
-            form = build_form(folder, component, engine, precision, threads)
-            entry = entry.model_copy(update=form)
-            runner = open_form(folder, component, entry, threads)
-        else:
-            runner = open_torch(pipe, component, engine, precision, names)
-        outputs.append(torch.cat([_only(runner(inputs)).flatten() for inputs in calls]))
-        entry.provider = runner.report.provider
-        entry.layer_precisions = runner.report.layer_precisions
-        entry.build_s = round(time.perf_counter() - started, 3)
-        entry.error = relative_error(outputs[-1], outputs[0])
-        engines.append(runner)
-        entries.append(entry)
-    runs = [partial(engine, calls[0]) for engine in engines]
-    for entry, samples in zip(entries, time_interleaved(runs, config.repeats), strict=True):
-        ranked = statistics.quantiles([*samples, *samples], n=10, method="inclusive")
-        entry.latency_ms = round(statistics.median(samples), 4)
-        entry.latency_low_ms, entry.latency_high_ms = round(ranked[0], 4), round(ranked[-1], 4)
-    return entries
+        providers: list[str] = [""]
+        if engine == "onnxruntime":
+            providers = list(config.providers) or ["cuda" if device == "cuda" else "cpu"]
+        for provider in providers:
+            own = "cpu" if provider == "cpu" else device
+            known = ON_DEVICE.get((engine, provider), PRECISIONS[engine])
+            for precision in config.precisions:
+                one = Candidate(engine, precision, own, provider)
+                if precision not in known or one.simulated:
+                    continue
+                if reason := _not_possible(folder, component, one):
+                    log(f"{component}: {reason}: no {engine} {precision}")
+                    continue
+                found += _by_target(one, config)
+    real = {one.precision for one in found}
+    for precision in config.precisions:
+        if "eager" in config.engines and precision in SIMULATED and precision not in real:
+            if _has_scales(folder, component, precision):
+                found.append(Candidate("eager", precision, "cpu"))
+    return found
 
 
-def _build_plans(
-    folder: Path,
-    component: str,
-    pairs: Sequence[tuple[str, str]],
-    example: EngineEntry,
-    config: BuildConfig,
-    log: Log,
-) -> list[EngineEntry]:
-    """TensorRT plans for every named compute capability, or the GPU here. They are not timed."""
-    from hcf.engines.tensorrt import plan_entry
-
-    shapes = {name: rows[0] for name, rows in example.shapes.items()}
-    own = {
-        field: {name: shape for name, shape in given.items() if name in shapes}
-        for field in ("min_shapes", "opt_shapes", "max_shapes")
-        for given in [getattr(config, field)]
-    }
-    targets: list[str | None] = [*config.compute_capabilities] or [None]
-    entries: list[EngineEntry] = []
-    for engine, precision in pairs:
-        if engine != "tensorrt":
+def profiles_of(
+    pipe: Any, component: str, profiles: Sequence[ShapeProfile]
+) -> tuple[ShapeRange, ...]:
+    """The shapes of a component in each profile: at its resolutions, from a real call."""
+    ranges: list[ShapeRange] = []
+    for profile in profiles:
+        if not profile.resolutions:
+            names = set(example_inputs(pipe, component, batch=1))
+            rows = [{n: s for n, s in getattr(profile, f).items() if n in names}
+                    for f in SHAPE_FIELDS]  # fmt: skip
+            ranges.append(ShapeRange(*rows))
             continue
-        graph = source_graph(folder, component, engine, precision)
-        for capability in targets:
-            entry = plan_entry(
-                folder,
-                component,
-                graph,
-                precision,
-                config.model_copy(update=own),
-                capability,
-                shapes,
-            )
-            log(
-                f"{component}: tensorrt {precision} built for {entry.machine} in "
-                f"{entry.build_s} s, not run here  {entry.layer_precisions}"
-            )
-            entries.append(entry)
-    return entries
+        low, best, high = profile.batch
+        examples: list[dict[str, list[int]]] = []
+        for height, width in profile.resolutions:
+            inputs = example_inputs(pipe, component, best, height=height, width=width)
+            shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
+            for rows_in in (best, low, high):
+                examples.append({n: [rows_in, *s[1:]] for n, s in shapes.items()})
+        ranges.append(span(examples))
+    return tuple(ranges)
 
 
-def with_shapes(
-    inputs: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
-) -> dict[str, Tensor]:
+def with_shapes(inputs: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> Inputs:
     """Inputs repeated or cut along each axis to `shapes`; the batch follows the shapes given.
 
     Raises RecipeError for a shape of another rank.
     """
     given = {name: shape for name, shape in shapes.items() if name in inputs}
     batch = next((shape[0] for shape in given.values()), None)
-    changed: dict[str, Tensor] = {}
+    changed: Inputs = {}
     for name, tensor in inputs.items():
         wanted = list(given.get(name, [batch or len(tensor), *tensor.shape[1:]]))
         if len(wanted) != tensor.ndim:
@@ -291,14 +202,206 @@ def with_shapes(
     return changed
 
 
-def _only(outputs: Mapping[str, Tensor]) -> Tensor:
-    (tensor,) = outputs.values()
-    return tensor
+def _not_possible(folder: Path, component: str, one: Candidate) -> str:
+    """Why a candidate cannot be; "" if it can. A missing fp32 graph is an error, later."""
+    if one.engine in ("eager", "compile"):
+        if one.precision == "fp16" and one.device == "cpu" and not _cpu_has_fp16():
+            return "this CPU has no fp16 arithmetic"
+        return ""
+    graph = source_graph(folder, component, one.engine, one.precision, one.device)
+    if one.precision != "fp32" and not graph.is_file():
+        way = "export.precisions" if is_floating(one.precision) else "quantize.format"
+        return f"there is no {graph.name} ({way})"
+    if one.engine == "openvino":
+        from hcf.engines.openvino import runs_here
+
+        if not runs_here(one.precision):
+            return "this CPU has not the arithmetic"
+    return ""
 
 
-def _openvino_has_bf16() -> bool:
-    import openvino
+def _by_target(one: Candidate, config: BuildConfig) -> list[Candidate]:
+    """A plan for every GPU named; every other candidate as it is."""
+    if one.engine != "tensorrt" or not config.compute_capabilities:
+        return [one]
+    return [
+        Candidate(one.engine, one.precision, "cuda", target=capability)
+        for capability in config.compute_capabilities
+    ]
 
-    from hcf.engines.openvino import capabilities
 
-    return "BF16" in capabilities(openvino.Core())
+def _has_scales(folder: Path, component: str, precision: str) -> bool:
+    from hcf.quantize.scales import SCALES_FILE, read_scales
+
+    file = folder / component / SCALES_FILE
+    return file.is_file() and any(s.scheme == precision for s in read_scales(file).values())
+
+
+def _cpu_has_fp16() -> bool:
+    from hcf.engines import cpu_flags
+
+    return bool({"avx512_fp16", "amx_fp16", "fphp"} & cpu_flags())
+
+
+def _build_component(
+    pipe: Any,
+    folder: Path,
+    component: str,
+    found: Sequence[Candidate],
+    device: str,
+    threads: int,
+    config: BuildConfig,
+    log: Log,
+) -> list[EngineEntry]:
+    """Entries with error and latency of every candidate, eager fp32 (the reference) first."""
+    calls = [
+        with_shapes(inputs, config.opt_shapes)
+        for inputs in example_calls(pipe, component, config.batch, PARITY_STEPS, config.seed)
+    ]
+    reference = Candidate(*REFERENCE, device)
+    entries: list[EngineEntry] = []
+    runners: list[tuple[EngineEntry, Engine]] = []
+    wanted: Inputs = {}
+    for one in dict.fromkeys([reference, *found]):
+        entry = _entry(one, calls[0], threads, config)
+        entries.append(entry)
+        started = time.perf_counter()
+        try:
+            runner = _make(pipe, folder, component, one, entry, threads, config, calls[0])
+            outputs = _outputs(runner, calls) if runner is not None else {}
+        except HcfError as error:
+            if not config.keep_going or one == reference:
+                raise
+            entry.reason = f"could not be built: {error.message}"
+            log(f"{component}: {one.engine} {one.precision}: {entry.reason}")
+            continue
+        entry.build_s = round(time.perf_counter() - started, 3)
+        if runner is None:
+            continue  # a plan for a GPU that is not here
+        entry.provider, entry.layer_precisions = (
+            runner.report.provider if one.engine != "tensorrt" else entry.provider,
+            runner.report.layer_precisions,
+        )
+        entry.details = {**entry.details, **runner.report.details}
+        wanted = wanted or outputs
+        entry.error = max(relative_error(outputs[name], wanted[name]) for name in wanted)
+        if not one.simulated:
+            runners.append((entry, runner))
+    samples = time_interleaved([_timed(r, calls[0]) for _, r in runners], config.repeats)
+    for (entry, _), some in zip(runners, samples, strict=True):
+        record_latency(entry, some)
+    return entries
+
+
+def _entry(one: Candidate, inputs: Inputs, threads: int, config: BuildConfig) -> EngineEntry:
+    return EngineEntry(
+        engine=one.engine,
+        precision=one.precision,
+        device=one.device,
+        version=engine_version(one.engine),
+        machine=here(one.device),
+        shapes={name: [list(tensor.shape)] for name, tensor in inputs.items()},
+        threads=threads if one.device == "cpu" else None,
+        notes=f"batch {config.batch}; median, 10th and 90th percentile",
+    )
+
+
+def _make(
+    pipe: Any,
+    folder: Path,
+    component: str,
+    one: Candidate,
+    entry: EngineEntry,
+    threads: int,
+    config: BuildConfig,
+    inputs: Inputs,
+) -> Engine | None:
+    """Builds a candidate, completes its entry and opens it; None for a plan of another GPU."""
+    if one.engine == "tensorrt":
+        _build_plan(pipe, folder, component, one, entry, config)
+        if one.target is not None and entry.machine != here("cuda"):
+            return None
+        return open_form(folder, component, entry, threads)
+    if one.engine in SUFFIXES:
+        form = build_form(folder, component, one.engine, one.precision, threads, one.device)
+        for field, value in form.items():
+            setattr(entry, field, value)
+        if one.provider:
+            entry.details = {
+                "provider": one.provider,
+                "allow_cpu_fallback": config.allow_cpu_fallback,
+            }
+        asked = graph_products(folder / form["source"])
+        return open_form(folder, component, entry, threads, asked)
+    details = {"mode": config.compile_mode, "dynamic": config.compile_dynamic}
+    return open_torch(
+        pipe,
+        component,
+        one.engine,
+        one.precision,
+        list(inputs),
+        device=one.device,
+        details=details,
+        folder=folder,
+    )
+
+
+def _build_plan(
+    pipe: Any,
+    folder: Path,
+    component: str,
+    one: Candidate,
+    entry: EngineEntry,
+    config: BuildConfig,
+) -> None:
+    """A TensorRT plan for the GPU here or the one named, into the entry."""
+    from hcf.engines.tensorrt import plan_entry
+
+    shapes = {name: rows[0] for name, rows in entry.shapes.items()}
+    own = {
+        field: {name: shape for name, shape in given.items() if name in shapes}
+        for field in SHAPE_FIELDS
+        for given in [getattr(config, field)]
+    }
+    made = plan_entry(
+        folder,
+        component,
+        source_graph(folder, component, one.engine, one.precision, "cuda"),
+        one.precision,
+        config.model_copy(update=own),
+        one.target,
+        shapes,
+        profiles_of(pipe, component, config.profiles),
+        getattr(pipe, "vae_scale_factor", None),
+    )
+    for field, value in made:
+        setattr(entry, field, value)
+    entry.notes = f"{made.notes}; batch {config.batch}"
+
+
+def _outputs(engine: Engine, calls: Sequence[Inputs]) -> Inputs:
+    """Each output over all calls in one row, on the CPU.
+
+    On a GPU torch's convolutions use TF32 unless they are told not to; a reference must not.
+    """
+    with contextlib.ExitStack() as stack:
+        if engine.report.device == "cuda" and engine.report.precision == "fp32":
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        found = [engine(inputs) for inputs in calls]
+    return {
+        name: torch.cat([outputs[name].detach().cpu().flatten() for outputs in found])
+        for name in found[0]
+    }
+
+
+def _timed(engine: Engine, inputs: Inputs) -> Callable[[], Any]:
+    """One call to be timed; on a GPU from inputs that are there until the device is done."""
+    if engine.report.device == "cpu":
+        return lambda: engine(inputs)
+    placed = {name: tensor.cuda() for name, tensor in inputs.items()}
+
+    def run() -> None:
+        engine(placed)
+        torch.cuda.synchronize()
+
+    return run

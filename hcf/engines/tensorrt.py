@@ -1,44 +1,66 @@
-"""TensorRT plans: one path for `tensorrt` 10/11 and `tensorrt_rtx`, precision taken from the graph.
+"""TensorRT plans: one path for `tensorrt` 10.12+ and 11, and for `tensorrt_rtx`.
 
 The network is strongly typed: an INT8 plan is built from the explicit Q/DQ graph, never from a
 flag. TensorRT builds for the GPU it runs on; TensorRT-RTX also for a compute capability by name, on
 a machine without a GPU. A plan is `engines/<component>/<driver>-<sm>-<hash12>.plan` with a .json
-beside it, its key: the graph's hash, shapes, package version, compute capability, options.
+beside it: its key (the graph's hash with its weights, shapes, package version, compute capability,
+options) and what the build told (layer precisions, workspace, skipped tactics).
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from hcf.artifact import EngineEntry, hash_file, save_text
-from hcf.errors import HcfError, InvalidArtifact, MissingDependency, RecipeError
+from hcf.artifact import EngineEntry, save_text
+from hcf.engines import EngineReport, require_layers
+from hcf.engines.products import graph_products, hash_graph
+from hcf.engines.tensorrt_network import LayerPrecision as LayerPrecision
+from hcf.engines.tensorrt_network import (
+    Listener,
+    engine_layers,
+    engine_products,
+    is_out_of_memory,
+    parse,
+    precisions_of,
+    products_in,
+    summary,
+)
+from hcf.engines.tensorrt_package import (
+    DRIVERS as DRIVERS,
+)
+from hcf.engines.tensorrt_package import (
+    Driver,
+    package,
+    require_hardware,
+    target_of,
+    timing_cache_path,
+)
+from hcf.engines.tensorrt_package import version as version
+from hcf.engines.tensorrt_profiles import Profile, ShapeRange, Shapes, add_profiles
+from hcf.errors import HcfError, RecipeError
 from hcf.recipe import BuildConfig
 
-Driver = Literal["tensorrt", "tensorrt_rtx"]
-DRIVERS: dict[Driver, str] = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}  # module: our extra
-PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
-MOVES = ("SHUFFLE", "UNSQUEEZE", "SQUEEZE", "IDENTITY")  # what may stand between Q/DQ and a product
-PRECISION_NAMES = {"FLOAT": "fp32", "HALF": "fp16"}  # the others are called as we call them
-
-Shapes = Mapping[str, Sequence[int]]
+LADDER = 6  # rungs: all memory, then a half of it, a quarter, ... down to 1/32
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     """How to build. Shapes by input name; with `opt_shapes` alone exactly those are built.
 
-    `compute_capability` ("8.0", "sm80") is the GPU here if None. `hardware_compatibility_level`:
-    "ampere_plus" or "same_compute_capability". An option the driver does not have is an error.
+    `profiles` stand in place of the three shapes. `compute_capability` ("8.0", "sm80") is the GPU
+    here if None. `hardware_compatibility_level`: "ampere_plus" or "same_compute_capability".
+    `workspace_gb` is the first rung of the ladder that a build goes down when memory runs out.
+    An option the driver does not have is an error.
     """
 
     driver: Driver | None = None
@@ -46,47 +68,29 @@ class PlanOptions:
     min_shapes: Shapes = field(default_factory=dict)
     opt_shapes: Shapes = field(default_factory=dict)
     max_shapes: Shapes = field(default_factory=dict)
+    profiles: tuple[ShapeRange, ...] = ()
     builder_optimization_level: int = 3
     timing_cache: Path | None = None
     refit: bool = False
     strip_weights: bool = False
     version_compatible: bool = False
     hardware_compatibility_level: str | None = None
+    workspace_gb: float | None = None
+    pixels_per_latent: int | None = None
+
+    def ranges(self) -> tuple[ShapeRange, ...]:
+        """The profiles, or the one of the three shapes."""
+        own = ShapeRange(self.min_shapes, self.opt_shapes, self.max_shapes)
+        return self.profiles or (own,)
 
 
-@dataclass(frozen=True)
-class LayerPrecision:
-    """A layer of a parsed network: its kind ("convolution") and the precision it computes in."""
+# options that are in a plan's key; the others are in it as what they come to, or change no plan
+KEYED = (
+    "builder_optimization_level", "refit", "strip_weights", "version_compatible",
+    "hardware_compatibility_level", "workspace_gb",
+)  # fmt: skip
 
-    kind: str
-    precision: str
-
-
-def package(driver: Driver | None = None) -> tuple[Driver, Any]:
-    """The driver and its module; without a name the first that is installed.
-
-    Raises MissingDependency where the package, or a library it loads, is not there.
-    """
-    wanted: Sequence[Driver] = [driver] if driver else list(DRIVERS)
-    failures: list[str] = []
-    for name in wanted:
-        try:
-            module = importlib.import_module(name)
-            module.Builder  # noqa: B018  (a lean runtime, or a namespace left behind, has none)
-            return name, module
-        except (ImportError, AttributeError, OSError) as error:
-            failures.append(f"{name}: {error}")
-    extra = DRIVERS[driver] if driver else "trt-rtx"
-    raise MissingDependency(
-        "the tensorrt engine needs a TensorRT package: " + "; ".join(failures),
-        fix=f"pip install 'hcf-toolkit[{extra}]'",
-    )
-
-
-def version(driver: Driver | None = None) -> str:
-    """Version of the package behind `driver`, e.g. "tensorrt_rtx 1.7.1.116"."""
-    name, trt = package(driver)
-    return f"{name} {trt.__version__}"
+Check = Callable[[dict[str, str], dict[str, str]], None]
 
 
 def parse_shapes(text: str) -> dict[str, list[int]]:
@@ -104,89 +108,98 @@ def parse_shapes(text: str) -> dict[str, list[int]]:
 
 
 def network_precisions(graph: Path, driver: Driver | None = None) -> dict[str, LayerPrecision]:
-    """Every layer of the network TensorRT parses from an ONNX file, by name; needs no GPU.
-
-    A convolution or product computes in INT8 (or FP8) when both its inputs are dequantised from it;
-    every other layer computes in the type of its first output: the network is strongly typed.
-    """
+    """Every layer of the network TensorRT parses from an ONNX file, by name; needs no GPU."""
     _, trt = package(driver)
-    network, _keep = _parse(trt, graph)
-    return _network_precisions(network)
+    network, _keep = parse(trt, graph)
+    return precisions_of(network)
 
 
-def build_plan(graph: Path, folder: Path, options: PlanOptions) -> Path:
+def build_plan(graph: Path, folder: Path, options: PlanOptions, check: Check | None = None) -> Path:
     """Build `graph` into a plan under `folder`; returns its path. An equal key is not built again.
 
+    `check` is called with the graph's products and those of the parsed network before the build,
+    and on a GPU again with those of the engine after it; what it raises leaves no plan.
     Raises HcfError with TensorRT's own words where the graph cannot be parsed or compiled for the
     target, RecipeError for shapes or options that do not fit, MissingDependency without a package
     or, where one is needed, a GPU.
     """
     driver, trt = package(options.driver)
-    target = _target(driver, trt, options.compute_capability)
-    network, logger_and_parser = _parse(trt, graph)
-    log, builder = logger_and_parser[0], logger_and_parser[1]
-    config = builder.create_builder_config()
-    if config is None:
-        raise HcfError(f"{driver} cannot build here: {log.tail()}", fix="run `hcf doctor`")
-    if hasattr(config, "num_compute_capabilities"):
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
-    _apply_options(trt, config, options, driver)
-    shapes = _add_profile(builder, network, config, options)
-    precisions = _network_precisions(network)
+    target = target_of(driver, trt, options.compute_capability)
+    network, kept = parse(trt, graph)
+    log, builder = kept[0], kept[1]
+    asked, parsed = graph_products(graph), products_in(precisions_of(network))
+    require_hardware(graph, parsed, target)
+    if check is not None:
+        check(asked, parsed)
+    if options.timing_cache is None and driver == "tensorrt":
+        options = replace(options, timing_cache=timing_cache_path(driver, trt.__version__, target))
+    config, profiles = _config(trt, driver, target, builder, network, options, log)
     key = {
-        "graph": hash_file(graph),
+        "graph": hash_graph(graph),
         "driver": driver,
         "version": str(trt.__version__),
         "compute_capability": target,
-        "shapes": shapes,
-        "options": {
-            name: value
-            for name, value in asdict(options).items()
-            if name not in ("driver", "compute_capability", "timing_cache")
-            and not name.endswith("_shapes")
-        },
+        "shapes": profiles[0],
+        "profiles": profiles,
+        "options": {name: value for name, value in asdict(options).items() if name in KEYED},
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"{driver}-{target}-{digest}.plan"
     if path.is_file() and path.with_suffix(".json").is_file():
         return path
-    serialized = builder.build_serialized_network(network, config)
+    started = time.perf_counter()
+
+    def configure() -> Any:
+        return _config(trt, driver, target, builder, network, options, log)[0]
+
+    serialized, config, ladder = _build_down_the_ladder(
+        trt, builder, network, config, configure, options, log
+    )
     if serialized is None:
         raise HcfError(
-            f"{driver} {trt.__version__} cannot build {graph.name} for {target}: {log.tail()}",
-            fix="choose a target that has these data types, or another precision; "
-            "refit and stripped plans need a GPU while building",
+            f"{driver} {trt.__version__} cannot build {graph.name} for {target}: {log.tail()}"
+            + (f" (workspace tried: {_ladder_text(ladder)})" if len(ladder) > 1 else ""),
+            fix="choose a target that has these data types, another precision, or smaller "
+            "profiles; refit and stripped plans need a GPU while building",
         )
+    plan = bytes(serialized)
+    told: dict[str, Any] = {
+        "layer_precisions": dict(Counter(parsed.values())),
+        "counted_in": "the parsed network",
+        "pixels_per_latent": options.pixels_per_latent,
+        "source": os.path.relpath(graph, folder),
+        "workspace": ladder,
+        "skipped_tactics": log.skipped_tactics,
+        "out_of_memory_lines": log.out_of_memory,
+        "build_s": round(time.perf_counter() - started, 3),
+    }
+    if torch.cuda.is_available() and not options.strip_weights:
+        layers = engine_layers(inspect_plan(trt, plan, options, log))
+        told["engine"] = summary(layers)
+        if check is not None:
+            check(asked, {**parsed, **engine_products(layers, asked)})
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(bytes(serialized))
+    temporary.write_bytes(plan)
     if options.timing_cache is not None:
         _save_timing_cache(config, options.timing_cache)
-    counts = Counter(p.precision for p in precisions.values() if p.kind.upper() in PRODUCTS)
-    save_text(
-        path.with_suffix(".json"), json.dumps({**key, "layer_precisions": dict(counts)}, indent=1)
-    )
+    save_text(path.with_suffix(".json"), json.dumps({**key, **told}, indent=1))
     temporary.replace(path)
     return path
 
 
-def logger(trt: Any) -> Any:
-    """A logger that keeps what TensorRT complains about, for the message of the error."""
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message.strip())
-
-        def tail(self) -> str:
-            return "; ".join(dict.fromkeys(self.errors[-3:])) or "TensorRT gave no reason"
-
-    return Log()
+def inspect_plan(trt: Any, plan: bytes, options: PlanOptions, log: Listener) -> dict[str, Any]:
+    """The engine inspector's JSON of a plan; needs the GPU it was built for."""
+    runtime = trt.Runtime(log.handle)
+    if options.version_compatible:
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise HcfError(f"TensorRT cannot load what it has just built: {log.tail()}")
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def plan_entry(
@@ -197,27 +210,48 @@ def plan_entry(
     config: BuildConfig,
     capability: str | None,
     shapes: Shapes,
+    profiles: Sequence[ShapeRange] = (),
+    pixels_per_latent: int | None = None,
 ) -> EngineEntry:
     """Build `graph` into artefact `folder` for one target; the manifest's entry of the plan.
 
     `shapes` are the optimal ones where `config` gives none. There is no latency: nothing has run.
+    Raises HcfError where the layers did not get the precision the graph gives them.
     """
     started = time.perf_counter()
     options = PlanOptions(
+        driver=config.tensorrt_driver,
         compute_capability=capability,
         min_shapes=config.min_shapes,
         opt_shapes={**shapes, **config.opt_shapes},
         max_shapes=config.max_shapes,
+        profiles=tuple(profiles),
         builder_optimization_level=config.builder_optimization_level,
+        timing_cache=config.timing_cache,
+        refit=config.refit,
+        strip_weights=config.strip_weights,
+        version_compatible=config.version_compatible,
+        hardware_compatibility_level=config.hardware_compatibility_level,
+        workspace_gb=config.workspace_gb,
+        pixels_per_latent=pixels_per_latent,
     )
-    plan = build_plan(graph, folder / "engines" / component, options)
-    key = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
-    if not key["layer_precisions"].get(precision):
-        raise HcfError(
-            f"{component}: {plan.name} was asked for {precision}, but the network TensorRT parsed "
-            f"has {key['layer_precisions']}",
-            fix="run `hcf quantize` and `hcf export` again",
+    driver, trt = package(options.driver)
+
+    def check(asked: dict[str, str], found: dict[str, str]) -> None:
+        report = EngineReport(
+            engine="tensorrt",
+            version=f"{driver} {trt.__version__}",
+            component=component,
+            device="cuda",
+            provider=driver,
+            precision=precision,
+            layer_precisions=dict(Counter(found.values())),
         )
+        require_layers(report, asked, found)
+
+    plan = build_plan(graph, folder / "engines" / component, options, check)
+    key = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
+    told = ("workspace", "skipped_tactics", "out_of_memory_lines", "engine", "profiles")
     return EngineEntry(
         engine="tensorrt",
         precision=precision,
@@ -231,99 +265,33 @@ def plan_entry(
         layer_precisions=key["layer_precisions"],
         shapes=key["shapes"],
         build_s=round(time.perf_counter() - started, 3),
-        notes="layers counted in the parsed network; the plan itself was not run",
+        notes="layers counted in the parsed network",
+        details={
+            **{name: key[name] for name in told if name in key},
+            "options": key["options"],
+            "cuda_graphs": config.cuda_graphs,
+        },
     )
 
 
-def _parse(trt: Any, graph: Path) -> tuple[Any, tuple[Any, ...]]:
-    """(network, what has to live as long as it does: logger, builder, parser)."""
-    if not graph.is_file():
-        raise InvalidArtifact(f"{graph} does not exist", fix="run `hcf export` on this model first")
-    log = logger(trt)
-    try:
-        builder = trt.Builder(log)
-    except (TypeError, RuntimeError) as error:  # the full TensorRT without a GPU
-        raise MissingDependency(
-            f"{trt.__name__} {trt.__version__} cannot start: {log.tail()}",
-            fix="it needs an NVIDIA GPU and driver; tensorrt-rtx builds without one",
-        ) from error
-    # TensorRT 10 must be told; later ones know nothing else
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(1 << int(typed) if typed is not None else 0)
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(graph)):
-        found = [parser.get_error(i) for i in range(parser.num_errors)]
-        errors = [
-            f"{error.node_operator()} {error.node_name()}: {error.desc().strip()}"
-            for error in found[:3]
-        ]
-        raise HcfError(
-            f"{trt.__name__} {trt.__version__} cannot parse {graph.name}: "
-            + "; ".join(errors or [log.tail()]),
-            fix="export with another opset, or leave the layer out of quantisation",
-        )
-    return network, (log, builder, parser)
-
-
-def _network_precisions(network: Any) -> dict[str, LayerPrecision]:
-    layers = [network.get_layer(i) for i in range(network.num_layers)]
-    maker = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
-
-    def stored_as(tensor: Any) -> str | None:
-        """Type a tensor was dequantised from, or None."""
-        layer = maker.get(tensor.name)
-        while layer is not None and layer.type.name in MOVES:
-            layer = maker.get(layer.get_input(0).name)
-        if layer is None or layer.type.name != "DEQUANTIZE":
-            return None
-        return _precision(layer.get_input(0).dtype)
-
-    found: dict[str, LayerPrecision] = {}
-    for layer in layers:
-        precision = _precision(layer.get_output(0).dtype) if layer.num_outputs else "none"
-        if layer.type.name in PRODUCTS and layer.num_inputs > 1:
-            both = {stored_as(layer.get_input(0)), stored_as(layer.get_input(1))}
-            if len(both) == 1 and None not in both:
-                precision = both.pop() or precision
-        found[layer.name] = LayerPrecision(layer.type.name.lower(), precision)
-    return found
-
-
-def _precision(kind: Any) -> str:
-    return PRECISION_NAMES.get(kind.name, kind.name.lower())
-
-
-def _target(driver: Driver, trt: Any, capability: str | None) -> str:
-    """ "8.0" or "sm80" -> "sm80"; the GPU here if None."""
-    here = None
-    if torch.cuda.is_available():
-        here = "sm{}{}".format(*torch.cuda.get_device_capability())
-    if capability is None:
-        if here is None:
-            raise MissingDependency(
-                "there is no GPU here to build for", fix='name one: compute_capability "8.0"'
-            )
-        wanted = here
-    else:
-        wanted = "sm" + capability.lower().removeprefix("sm").replace(".", "").strip("_")
-    if not hasattr(trt, "ComputeCapability"):
-        if wanted != here:
-            raise MissingDependency(
-                f"{driver} builds only for the GPU it runs on (here {here}), not for {wanted}",
-                fix="build on that GPU, or use driver tensorrt_rtx",
-            )
-        return wanted
-    known = [name.lower() for name in dir(trt.ComputeCapability) if name.startswith("SM")]
-    if wanted not in known:
-        raise RecipeError(
-            f"{driver} {trt.__version__} does not build for {wanted}",
-            fix=f"its targets are {', '.join(known)}",
-        )
-    return wanted
-
-
-def _apply_options(trt: Any, config: Any, options: PlanOptions, driver: Driver) -> None:
+def _config(
+    trt: Any,
+    driver: Driver,
+    target: str,
+    builder: Any,
+    network: Any,
+    options: PlanOptions,
+    log: Listener,
+) -> tuple[Any, list[Profile]]:
+    config = builder.create_builder_config()
+    if config is None:
+        raise HcfError(f"{driver} cannot build here: {log.tail()}", fix="run `hcf doctor`")
+    if hasattr(config, "num_compute_capabilities"):
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
     config.builder_optimization_level = options.builder_optimization_level
+    # else the inspector tells names alone; it costs the plan a few kB
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for asked, flag in (
         (options.refit, "REFIT"),
         (options.strip_weights, "STRIP_PLAN"),
@@ -343,6 +311,52 @@ def _apply_options(trt: Any, config: Any, options: PlanOptions, driver: Driver) 
                 f"{driver} {trt.__version__} does not take {path} as a timing cache",
                 fix="leave timing_cache out, or delete the file",
             )
+    return config, add_profiles(builder, network, config, options.ranges())
+
+
+def _build_down_the_ladder(
+    trt: Any,
+    builder: Any,
+    network: Any,
+    config: Any,
+    configure: Callable[[], Any],
+    options: PlanOptions,
+    log: Listener,
+) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Builds with less and less workspace while memory runs out; (plan or None, config, rungs)."""
+    rungs: list[dict[str, Any]] = []
+    for size in workspaces(options.workspace_gb):
+        if rungs:
+            config = configure()
+        if size is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, size)
+        errors, short = len(log.errors), log.out_of_memory
+        serialized = builder.build_serialized_network(network, config)
+        lacked = log.out_of_memory > short or any(map(is_out_of_memory, log.errors[errors:]))
+        outcome = "built" if serialized is not None else "out of memory" if lacked else "failed"
+        gib = None if size is None else round(size / 2**30, 3)
+        rungs.append({"gib": gib, "outcome": outcome})
+        if outcome != "out of memory":
+            return serialized, config, rungs
+    return None, config, rungs
+
+
+def workspaces(first_gb: float | None) -> list[int | None]:
+    """Bytes of workspace to try, each half of the one before; None leaves it to TensorRT.
+
+    Without `first_gb` the first is all the memory that is free on the GPU.
+    """
+    if first_gb is not None:
+        most = int(first_gb * 2**30)
+    elif torch.cuda.is_available():
+        most = int(torch.cuda.mem_get_info()[0])
+    else:
+        return [None]  # a build for another machine: nothing is run, nothing can run out
+    return [most >> rung for rung in range(LADDER) if most >> rung >= 1 << 20]
+
+
+def _ladder_text(ladder: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{rung['gib']} GiB {rung['outcome']}" for rung in ladder)
 
 
 def _member(kind: Any, name: str, driver: Driver, trt: Any) -> Any:
@@ -353,51 +367,25 @@ def _member(kind: Any, name: str, driver: Driver, trt: Any) -> Any:
     return getattr(kind, name)
 
 
-def _add_profile(
-    builder: Any, network: Any, config: Any, options: PlanOptions
-) -> dict[str, list[list[int]]]:
-    """One optimization profile over the dynamic inputs; returns (min, opt, max) of every input."""
-    inputs = {t.name: t for t in (network.get_input(i) for i in range(network.num_inputs))}
-    for given in (options.min_shapes, options.opt_shapes, options.max_shapes):
-        if unknown := sorted(set(given) - set(inputs)):
-            raise RecipeError(
-                f"the graph has no input {unknown[0]!r}", fix=f"its inputs: {', '.join(inputs)}"
-            )
-    profile = builder.create_optimization_profile()
-    shapes: dict[str, list[list[int]]] = {}
-    dynamic = False
-    for name, tensor in inputs.items():
-        declared = [int(size) for size in tensor.shape]
-        default = None if -1 in declared else declared
-        opt = options.opt_shapes.get(name, default)
-        if opt is None:
-            raise RecipeError(
-                f"input {name} has the dynamic shape {declared}: it needs opt shapes",
-                fix=f"give opt_shapes {name}:"
-                + "x".join("1" if s < 0 else str(s) for s in declared),
-            )
-        rows = [options.min_shapes.get(name, opt), opt, options.max_shapes.get(name, opt)]
-        shapes[name] = [list(row) for row in rows]
-        for low, best, high, size in zip(*shapes[name], declared, strict=False):
-            if not low <= best <= high or size not in (-1, best) or size not in (-1, low, high):
-                break
-        else:
-            if all(len(row) == len(declared) for row in shapes[name]):
-                if -1 in declared:
-                    dynamic = True
-                    profile.set_shape(name, *(tuple(row) for row in shapes[name]))
-                continue
-        raise RecipeError(
-            f"{name}: min, opt and max shapes {shapes[name]} are not in order or do not fit the "
-            f"graph's {declared} (-1 is free)",
-            fix="min <= opt <= max in every axis",
-        )
-    if dynamic and config.add_optimization_profile(profile) < 0:
-        raise HcfError("TensorRT refuses the optimization profile", fix="check min/opt/max shapes")
-    return shapes
-
-
 def _save_timing_cache(config: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{time.time_ns()}.tmp")
     temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
     temporary.replace(path)
+
+
+def rebuild_plan(plan: Path, graph: Path, folder: Path) -> Path:
+    """A plan of `graph` under `folder` with the target, profiles and options of `plan`."""
+    key = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
+    ranges = [
+        ShapeRange(*({name: rows[i] for name, rows in profile.items()} for i in range(3)))
+        for profile in key["profiles"]
+    ]
+    options = PlanOptions(
+        driver=key["driver"],
+        compute_capability=key["compute_capability"],
+        profiles=tuple(ranges),
+        pixels_per_latent=key.get("pixels_per_latent"),
+        **key["options"],
+    )
+    return build_plan(graph, folder, options)

@@ -1,75 +1,93 @@
-"""Components to ONNX graphs: fp32, and where the artefact holds calibrated scales also INT8.
+"""Components of a pipeline to ONNX graphs, each compared with torch before it is kept.
 
-    <component>/model.onnx             float32, as torch computes it
-    <component>/model.int8.onnx        explicit symmetric Q/DQ, INT8 weights: TensorRT and OpenVINO
-    <component>/model.int8.u8s8.onnx   the form ONNX Runtime's CPU kernels want
+    <component>/model.onnx                    float32, as torch computes it
+    <component>/model.fp16.onnx, .bf16.onnx   with float32 islands (hcf.export.precision)
+    <component>/model.<format>.onnx, ...      of a quantised component (hcf.export.quantized)
 
-Every graph is run against torch before it is kept. The fp32 one has to agree within the tolerance
-at three batch sizes. INT8 is compared, on its calibration calls, with the same rounding simulated
-in torch: a right graph agrees to 1e-6, or to some 0.05 where a value falls on the other side of a
-rounding step, and a wrong one does not come near.
+torch computes what every case should give first, so that its weights need not be in memory while
+graphs run. The limit of the fp32 graph is `config.tolerance`, relative L2; fp16 and bf16 ones have
+the limit that their depth explains, unless `config.tolerances` says otherwise. A first stage whose
+configuration says force_upcast has no fp16 graph (`config.force_upcast`). More than 1 GiB of
+weights goes into `<graph>.data` beside the graph.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
+import gc
+import math
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hcf.artifact import clone_artifact, hash_file, staged_folder, write_manifest
-from hcf.errors import HcfError, MissingDependency, RecipeError
+from hcf.artifact import clone_artifact, staged_folder, write_manifest
+from hcf.errors import HcfError
 from hcf.export.component import (
+    TEXT_ENCODERS,
+    VAE_DECODER,
+    VAE_ENCODER,
+    check_component,
     component_module,
+    default_components,
     example_inputs,
-    graph_inputs,
-    output_name,
-    relative_error,
+    output_names,
     with_batch,
 )
-from hcf.export.inspect import inspect_onnx
+from hcf.export.graphs import (
+    FP32_GRAPH,
+    INT8_GRAPH,
+    INT8_ORT_GRAPH,
+    describe,
+    graph_name,
+    record,
+    require_onnx,
+    save_graph,
+    write_graph,
+)
+from hcf.export.offload import offloaded
+from hcf.export.parity import (
+    Case,
+    compare,
+    graph_runner,
+    open_runner,
+    require_in_float16,
+    torch_outputs,
+)
+from hcf.export.precision import Lowering, lower, raise_opset
+from hcf.export.quantized import export_quantized, is_quantized
+from hcf.export.simplify import PassRecord, simplify
 from hcf.recipe import ExportConfig
 from hcf.source import open_pipeline
+from hcf.trace import own_size
+
+__all__ = [
+    "FP32_GRAPH",
+    "INT8_GRAPH",
+    "INT8_ORT_GRAPH",
+    "export",
+    "export_component",
+    "export_components",
+    "export_quantized",
+    "graph_name",
+    "graph_runner",
+]
 
 Log = Callable[[str], None]
-
-FP32_GRAPH = "model.onnx"
-INT8_GRAPH = "model.int8.onnx"
-INT8_ORT_GRAPH = "model.int8.u8s8.onnx"
-WIRING_LIMIT = 0.25
-COMPARED_CALLS = 8
-EXTERNAL_FROM_BYTES = 2 * 2**30 - 2**20  # protobuf cannot hold more in one message
-# stack traces would put the paths of the machine that exported into the file
-PRIVATE_METADATA = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
+Record = dict[str, Any]
 
 
 def export(model: Path, output: Path, config: ExportConfig, log: Log = print) -> Path:
     """Artefact `model` -> artefact `output` with the ONNX graphs of `config.components` added.
 
-    Raises HcfError where a graph is further from torch than the tolerance, RecipeError for an
-    unknown component, MissingDependency without onnx, onnxscript or onnxruntime.
+    Raises as `export_components`; then there is no `output`.
     """
     pipe = open_pipeline(model)
     with staged_folder(output) as folder:
         manifest = clone_artifact(model, folder)
-        for component in config.components:
-            path = folder / component / FP32_GRAPH
-            inputs = example_inputs(pipe, component, seed=config.seed)
-            errors = export_component(pipe, component, inputs, path, config)
-            log(f"{component}: {_describe(path)}, relative error {max(errors.values()):.1e}")
-            records = [_record(folder, path, "fp32", errors)]
-            if (folder / component / "quantization.safetensors").is_file():
-                for graph, error in _export_int8(pipe, component, folder, config):
-                    log(f"{component}: {_describe(graph)}, relative error {error:.3f}")
-                    records.append(_record(folder, graph, "int8", {"calibration": error}))
+        for component, records in export_components(pipe, folder, config, log).items():
             manifest.exports[component] = records
             # engines of the parent were built from its graphs
             manifest.engines.pop(component, None)
@@ -79,225 +97,182 @@ def export(model: Path, output: Path, config: ExportConfig, log: Log = print) ->
     return output
 
 
+def export_components(
+    pipe: Any, folder: Path, config: ExportConfig, log: Log = print
+) -> dict[str, list[Record]]:
+    """Graphs of a float32 pipeline in hand, in `folder`/<component>; {component: their records}.
+
+    Quantised graphs are added where `folder`/<component> has scales and calibration calls. Raises
+    RecipeError for an unknown component, HcfError where a graph is further from torch than its
+    limit, where float16 cannot hold a layer's values, or where fp16 is asked for and no component
+    can have it; MissingDependency without onnx, onnxscript or onnxruntime.
+    """
+    require_onnx()
+    wanted = default_components(pipe) if config.components is None else config.components
+    for component in wanted:
+        check_component(pipe, component)
+    refused = [c for c in wanted if "fp16" in config.precisions and _upcasts(pipe, c, config)]
+    if refused and refused == list(wanted):
+        raise HcfError(
+            f"export.precisions asks for fp16, but {', '.join(refused)} must not run in it: the "
+            "configuration says force_upcast",
+            fix="use bf16, or try it with export.force_upcast: measured",
+        )
+    return {component: _export_all(pipe, component, folder, config, log) for component in wanted}
+
+
 def export_component(
     pipe: Any, component: str, inputs: Mapping[str, Tensor], path: Path, config: ExportConfig
 ) -> dict[str, float]:
     """Write `path` (fp32) for `inputs` of batch >= 2; returns the relative error at each shape."""
-    _require_onnx()
     module = component_module(pipe, component, list(inputs))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in (path, path.with_name(path.name + ".data")):
-        stale.unlink(missing_ok=True)  # may be a hard link into another artefact
-    write = _write_dynamo if config.exporter == "dynamo" else _write_torchscript
-    with _quiet(), torch.no_grad():
-        write(module, dict(inputs), path, output_name(component), config)
-    cases = [dict(inputs)]
-    if config.dynamic:
-        batch = len(next(iter(inputs.values())))
-        cases += [with_batch(inputs, 1), with_batch(inputs, batch + 1)]
-    run = graph_runner(path)
-    errors: dict[str, float] = {}
-    for case in cases:
-        with torch.no_grad():
-            wanted = module(*case.values())
-        shape = "x".join(str(size) for size in next(iter(case.values())).shape)
-        errors[shape] = relative_error(run(case), wanted)
-    if max(errors.values()) > config.tolerance:
+    cases = [inputs, *_other_batches(inputs, config)]
+    wanted = torch_outputs(module, cases)
+    write_graph(module, inputs, output_names(pipe, component), path, config)
+    return _check(component, path, "fp32", cases, wanted, config.tolerance)[0]
+
+
+def parity_cases(pipe: Any, component: str, config: ExportConfig) -> list[Case]:
+    """Inputs that graphs are compared on, the first of which they are traced with.
+
+    Batches of 2, 1 and 3 at the pipeline's own size, and one of `config.sizes` each; without
+    these, a smaller one that is not square. Graphs that are not dynamic have one case.
+    """
+    inputs = example_inputs(pipe, component, seed=config.seed)
+    if not config.dynamic:
+        return [inputs]
+    cases = [inputs, *_other_batches(inputs, config)]
+    if component in TEXT_ENCODERS:
+        return cases
+    for height, width in config.sizes or _small_sizes(pipe):
+        cases.append(example_inputs(pipe, component, 1, config.seed + 1, height, width))
+    if not config.sizes:
+        # one batch more, where it costs least
+        return [inputs, cases[1], with_batch(cases[-1], 3)]
+    return cases
+
+
+def _export_all(
+    pipe: Any, component: str, folder: Path, config: ExportConfig, log: Log
+) -> list[Record]:
+    path = folder / component / FP32_GRAPH
+    cases = parity_cases(pipe, component, config)
+    module = component_module(pipe, component, list(cases[0]))
+    wanted = torch_outputs(module, cases)
+    low = [name for name in dict.fromkeys(config.precisions) if name != "fp32"]
+    if "fp16" in low and _upcasts(pipe, component, config):
+        low.remove("fp16")
+        log(f"{component}: no fp16 graph, its configuration says force_upcast")
+    if "fp16" in low:
+        # one row at the pipeline's own size, where there is such a case
+        case = cases[1] if config.dynamic else cases[0]
+        require_in_float16(component, module, case, config.islands)
+    passes = write_graph(module, cases[0], output_names(pipe, component), path, config)
+    gc.collect()  # the exporter's program holds the weights
+    records: list[Record] = []
+    with offloaded(module, path.parent):
+        errors, runtime = _check(component, path, "fp32", cases, wanted, config.tolerance)
+        log(f"{component}: {describe(path)}, relative error {max(errors.values()):.1e}")
+        facts = _facts(config, runtime, config.tolerance, passes)
+        records.append(record(folder, path, "fp32", errors, **facts))
+        for precision in low:
+            records.append(_export_low(component, folder, precision, cases, wanted, config, log))
+        if is_quantized(folder, component):
+            records += export_quantized(folder, component, log, pipe=pipe, exporter=config.exporter)
+    return records
+
+
+def _export_low(
+    component: str,
+    folder: Path,
+    precision: str,
+    cases: Sequence[Case],
+    wanted: Sequence[tuple[Tensor, ...]],
+    config: ExportConfig,
+    log: Log,
+) -> Record:
+    """The fp16 or bf16 graph, from the fp32 one."""
+    import onnx_ir as ir
+
+    path = folder / component / graph_name(precision)
+    model = ir.load(folder / component / FP32_GRAPH)
+    raise_opset(model, precision)
+    # a higher opset may have operators for what was kept decomposed
+    passes = simplify(model, [name for name in config.passes if name in ("norm", "attention")])
+    lowering = lower(model, precision, config.islands)
+    passes += simplify(model, [name for name in config.passes if name in ("casts", "dead")])
+    save_graph(model, path)
+    del model  # it maps the fp32 weights
+    limit = config.tolerances.get(precision, lowering.limit)  # type: ignore[call-overload]
+    errors, runtime = _check(component, path, precision, cases, wanted, limit)
+    worst = f"relative error {max(errors.values()):.1e}" if errors else runtime
+    log(f"{component}: {describe(path)}, {_spread(lowering)}, {worst}")
+    facts = _facts(config, runtime, limit, passes)
+    return record(folder, path, precision, errors, **facts, lowering=asdict(lowering))
+
+
+def _check(
+    component: str,
+    path: Path,
+    precision: str,
+    cases: Sequence[Case],
+    wanted: Sequence[tuple[Tensor, ...]],
+    limit: float,
+) -> tuple[dict[str, float], str]:
+    """({shape: relative error}, what ran the graph). HcfError where one is beyond `limit`."""
+    run, runtime = open_runner(path, precision)
+    if run is None:
+        return {}, runtime
+    errors = compare(run, cases, wanted)
+    if not max(errors.values()) <= limit:
         raise HcfError(
-            f"{component}: the ONNX graph is {max(errors.values()):.2e} from torch (relative L2), "
-            f"the tolerance is {config.tolerance:.0e}: {errors}",
-            fix="try another export.opset, or raise export.tolerance if that is acceptable",
+            f"{component}: {path.name} is {max(errors.values()):.2e} from torch (relative L2), "
+            f"the tolerance is {limit:.1e}: {errors}",
+            fix="try another export.opset, or raise export.tolerance if that is acceptable"
+            if precision == "fp32"
+            else f"name what needs float32 in export.islands, or set export.tolerances.{precision}",
         )
-    return errors
+    return errors, runtime
 
 
-def graph_runner(path: Path, options: Any = None) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """A function that runs an ONNX file on ONNX Runtime's CPU provider: named inputs -> output."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependency(
-            "checking an export against torch needs onnxruntime",
-            fix="pip install 'hcf-toolkit[onnx]'",
-        ) from error
-    options = options or onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        feed = {name: tensor.numpy() for name, tensor in inputs.items()}
-        return torch.from_numpy(session.run(None, feed)[0])
-
-    return run
-
-
-def _export_int8(
-    pipe: Any, component: str, folder: Path, config: ExportConfig
-) -> Iterator[tuple[Path, float]]:
-    """Write both INT8 graphs from the fp32 one and the scales; yields each with its error."""
-    import onnx
-    import onnxruntime
-
-    from hcf.export.passes import insert_qdq
-    from hcf.export.u8s8 import onnxruntime_form
-    from hcf.quantize.calibrate import CALIBRATION_FILE, load_calibration, spread
-    from hcf.quantize.report import fake_quantized
-    from hcf.quantize.scales import SCALES_FILE, read_scales
-
-    if config.exporter != "dynamo":
-        raise RecipeError(
-            f"export.exporter is {config.exporter!r}, but INT8 graphs need the dynamo exporter's "
-            "layer names",
-            fix="set export.exporter to dynamo",
-        )
-    fp32, scales = folder / component / FP32_GRAPH, read_scales(folder / component / SCALES_FILE)
-    # the graph's timestep is float32, whatever the scheduler's was
-    calls = [
-        replace(call, timestep=call.timestep.float())
-        for call in load_calibration(folder / component / CALIBRATION_FILE)
-    ]
-    symmetric, runtime_form = (folder / component / name for name in (INT8_GRAPH, INT8_ORT_GRAPH))
-    for stale in (symmetric, runtime_form):
-        stale.unlink(missing_ok=True)
-    graph, _ = insert_qdq(onnx.load(str(fp32)), scales)
-    _save_proto(graph, symmetric)
-    onnxruntime_form(fp32, calls, runtime_form, list(scales))
-
-    module = component_module(pipe, component, list(graph_inputs(calls[0])))
-    cases = [graph_inputs(call) for call in spread(calls, COMPARED_CALLS)]
-    wanted = _outputs(lambda case: module(*case.values()), cases)
-    with fake_quantized(getattr(pipe, component), scales):
-        simulated = _outputs(lambda case: module(*case.values()), cases)
-    as_written = onnxruntime.SessionOptions()
-    as_written.add_session_config_entry("session.disable_quant_qdq", "1")
-    found = _outputs(graph_runner(symmetric, as_written), cases)
-    error, wiring = relative_error(found, wanted), relative_error(found, simulated)
-    _require_wired(component, symmetric, wiring, WIRING_LIMIT)
-    yield symmetric, error
-    # its activations are unsigned, with their own calibration: no better reference than the other
-    found = _outputs(graph_runner(runtime_form), cases)
-    own_error = relative_error(found, wanted)
-    _require_wired(component, runtime_form, own_error, 2 * error + WIRING_LIMIT)
-    yield runtime_form, own_error
-
-
-def _outputs(run: Callable[[dict[str, Tensor]], Tensor], cases: list[dict[str, Tensor]]) -> Tensor:
-    """All outputs in one row."""
-    with torch.no_grad():
-        return torch.cat([run(case).flatten() for case in cases])
-
-
-def _require_wired(component: str, path: Path, error: float, limit: float) -> None:
-    if error > limit:
-        raise HcfError(
-            f"{component}: {path.name} is {error:.2f} from what INT8 rounding makes of this model "
-            f"(relative L2, limit {limit:.2f}): the graph is wrong",
-            fix="run `hcf quantize` and `hcf export` again; try another export.opset",
-        )
-
-
-def _write_dynamo(
-    module: nn.Module, inputs: dict[str, Tensor], path: Path, output: str, config: ExportConfig
-) -> None:
-    axes = _dynamic_axes(inputs) if config.dynamic else None
-    shapes: tuple[Any, ...] | None = None
-    if axes is not None:
-        # forward(sample, timestep, *conditioning): the rest is one argument, a tuple
-        each = tuple(axes.values())
-        shapes = each if len(each) == 1 else (*each[:2], each[2:])
-    program = torch.onnx.export(
-        module,
-        tuple(inputs.values()),
-        dynamo=True,
-        opset_version=config.opset,
-        input_names=list(inputs),
-        output_names=[output],
-        dynamic_shapes=shapes,
-        verbose=False,
-    )
-    assert program is not None
-    for node in program.model.graph.all_nodes():
-        for key in PRIVATE_METADATA:
-            node.metadata_props.pop(key, None)
-    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
-    program.save(str(path), external_data=size > EXTERNAL_FROM_BYTES)
-
-
-def _write_torchscript(
-    module: nn.Module, inputs: dict[str, Tensor], path: Path, output: str, config: ExportConfig
-) -> None:
-    axes = {**_dynamic_axes(inputs), output: {0: "batch"}} if config.dynamic else None
-    torch.onnx.export(
-        module,
-        tuple(inputs.values()),
-        str(path),
-        dynamo=False,
-        opset_version=min(config.opset, 20),  # where this exporter ends
-        input_names=list(inputs),
-        output_names=[output],
-        dynamic_axes=axes,
-    )
-
-
-def _dynamic_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
-    """Batch everywhere, height and width of the latents, the length of a text."""
-    axes: dict[str, dict[int, str]] = {}
-    for name, tensor in inputs.items():
-        axes[name] = {0: "batch"}
-        if name in ("sample", "latents"):
-            axes[name] |= {2: "height", 3: "width"}
-        elif tensor.ndim == 3 or name == "encoder_attention_mask":
-            axes[name][1] = "text_length"
-    return axes
-
-
-def _save_proto(model: Any, path: Path) -> None:
-    import onnx
-
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > EXTERNAL_FROM_BYTES
-    onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}.data")
-
-
-def _record(folder: Path, path: Path, precision: str, errors: dict[str, float]) -> dict[str, Any]:
-    summary = asdict(inspect_onnx(path))
-    summary |= {key: len(summary[key]) for key in ("quantized", "floating")}
+def _facts(
+    config: ExportConfig, runtime: str, limit: float, passes: Sequence[PassRecord]
+) -> dict[str, Any]:
     return {
-        "file": path.relative_to(folder).as_posix(),
-        "sha256": hash_file(path),
-        "precision": precision,
-        "relative_error": errors,
-        **summary,
+        "exporter": config.exporter,
+        "checked_on": runtime,
+        "tolerance": limit,
+        "passes": [asdict(made) for made in passes],
     }
 
 
-def _describe(path: Path) -> str:
-    summary = inspect_onnx(path)
-    size = path.stat().st_size / 1e6
-    nodes, int8 = sum(summary.operators.values()), len(summary.quantized)
-    products = int8 + len(summary.floating)
-    return f"{path.name} {size:.1f} MB, {nodes} nodes, {int8} of {products} products INT8"
+def _other_batches(inputs: Mapping[str, Tensor], config: ExportConfig) -> list[Case]:
+    batch = len(next(iter(inputs.values())))
+    return [with_batch(inputs, n) for n in (1, batch + 1)] if config.dynamic else []
 
 
-def _require_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingDependency(
-            f"exporting to ONNX needs {error.name}", fix="pip install 'hcf-toolkit[onnx]'"
-        ) from error
+def _small_sizes(pipe: Any) -> list[tuple[int, int]]:
+    """About half of the pipeline's own size, wider than high, that every level can halve."""
+    own, factor = own_size(pipe), int(pipe.vae_scale_factor)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    levels = len(getattr(denoiser.config, "block_out_channels", (0, 0)))
+    unit = math.lcm(factor * 2 ** (levels - 1), 8)  # pipelines refuse what 8 does not divide
+    height = max(1, own // 2 // unit) * unit
+    return [(height, max(height + unit, own * 3 // 4 // unit * unit))]
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints progress and warns about its own internals; errors still come through."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+def _upcasts(pipe: Any, component: str, config: ExportConfig) -> bool:
+    """Whether a first stage's configuration says that float16 is not for it.
+
+    Not where it says so only for want of a value of its own: then it is measured.
+    """
+    if component not in (VAE_DECODER, VAE_ENCODER) or config.force_upcast == "measured":
+        return False
+    said = pipe.vae.config
+    own = "force_upcast" not in said.get("_use_default_values", ())
+    return own and bool(said.get("force_upcast", False))
+
+
+def _spread(lowering: Lowering) -> str:
+    total = lowering.low_products + lowering.float_products
+    return f"{lowering.low_products} of {total} products in {lowering.precision}"

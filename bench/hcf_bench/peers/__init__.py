@@ -130,11 +130,12 @@ def _all_peers() -> dict[str, Peer]:
         eager,
         onnxruntime,
         openvino,
+        own,
         tensorrt,
         torchao,
     )
 
-    adapters = (eager, compiled, torchao, onnxruntime, openvino, tensorrt, deepcache)
+    adapters = (eager, compiled, torchao, onnxruntime, openvino, own, tensorrt, deepcache)
     return {peer.name: peer for adapter in adapters for peer in adapter.ADAPTED}
 
 

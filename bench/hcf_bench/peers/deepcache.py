@@ -1,22 +1,18 @@
-"""DeepCache (Ma et al., arXiv 2312.00858): most steps run only the outermost layers of a U-Net.
+"""DeepCache (Ma et al., arXiv 2312.00858) as `hcf.feature_cache` does it, at branch 0.
 
-A full step keeps what flows into the last layer of the last up block, before the skip connection
-is put to it (B, C, H, W). The `interval - 1` steps after it run the input convolution, that one
-layer (resnet, attention) on the kept tensor, and the output convolution: branch 0 of the paper.
-The embeddings of timestep and text are new in every step.
+One cycle is a full forward and the `interval - 1` shallow ones after it.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hcf.errors import HcfError
+from hcf.feature_cache import FeatureCacheConfig, attach, install
 from hcf_bench.peers import Check, Peer, PeerOptions, Prepared, missing_unless, sqnr_db
 from hcf_bench.peers.eager import (
     bf16_arithmetic,
@@ -29,53 +25,8 @@ from hcf_bench.peers.eager import (
 if TYPE_CHECKING:
     from hcf_bench.workloads import Case
 
-INTERVAL = 3
+CONFIG = FeatureCacheConfig(interval=3, branch=0)
 TIMESTEP_STRIDE = 20  # between two of 50 steps over 1000 timesteps
-
-
-class Kept(nn.Module):
-    """Stands in for the middle of a U-Net: whatever comes in, the kept tensor goes out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden: Tensor | None = None
-
-    def forward(self, sample: Tensor, emb: Tensor) -> Tensor:
-        """sample (B, C, H, W), emb (B, D) -> kept (B, C', H, W)"""
-        if self.hidden is None:
-            raise HcfError("a shallow step before any full one has nothing to start from")
-        return self.hidden
-
-
-class DeepCache:
-    """`forward` for `unet`: call 0, interval, 2 interval... are full, those between are shallow.
-
-    Raises HcfError for anything but a UNet2DConditionModel whose last up block has two layers.
-    """
-
-    def __init__(self, unet: Any, interval: int = INTERVAL) -> None:
-        _require_supported(unet)
-        self.interval = interval
-        self.calls = 0
-        self.kept = Kept()
-        self.full: Callable[..., Any] = unet.forward
-        self.shallow: Callable[..., Any] = _shallow(unet, self.kept).forward
-        skipped = unet.conv_in.out_channels
-
-        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.kept.hidden = args[0][:, :-skipped]
-
-        unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(keep)
-
-    def reset(self, *_: Any, **__: Any) -> None:
-        """A new image: the next call is full."""
-        self.calls, self.kept.hidden = 0, None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Like the U-Net's own."""
-        step = self.full if self.calls % self.interval == 0 else self.shallow
-        self.calls += 1
-        return step(*args, **kwargs)
 
 
 def prepare_deepcache(case: Case, options: PeerOptions, precision: str) -> Prepared:
@@ -92,34 +43,37 @@ def prepare_deepcache(case: Case, options: PeerOptions, precision: str) -> Prepa
     if len(unets) != 1 or "timestep" not in names:
         raise HcfError(f"DeepCache needs a U-Net; {case.workload.name} is none")
     report = torch_report("deepcache", case.module, case.workload.name, precision, options)
-    cache = DeepCache(unets[0])
-    unets[0].forward = cache.forward
+    cache = attach(unets[0], CONFIG)
     where = names.index("timestep")
+    # distinct even beyond the schedule's end: the timestep tells one step from the next
+    ahead = [(CONFIG.interval - 1 - i) * TIMESTEP_STRIDE for i in range(CONFIG.interval)]
+    timesteps = torch.stack([inputs[where].flatten()[0] + more for more in ahead])
     cycle = []
-    for steps_before in reversed(range(cache.interval)):
+    for timestep in timesteps:
         moved = list(inputs)
-        moved[where] = (inputs[where] + steps_before * TIMESTEP_STRIDE).clamp(max=999)
+        moved[where] = timestep.expand(inputs[where].shape)
         cycle.append(moved)
 
     def run() -> Tensor:
-        cache.reset()
+        cache.restart(timesteps)
         with torch.no_grad():
             for step in cycle:
                 output: Tensor = case.module(*step)
         return output
 
     found = run()
-    cache.reset()
+    cache.restart()
     with torch.no_grad():
         wanted = case.module(*inputs)
     report |= {
-        "interval": cache.interval,
-        "branch": 0,
+        "interval": CONFIG.interval,
+        "branch": CONFIG.branch,
+        "shallow_flop_ratio": round(cache.cost.shallow_ratio, 4),
         "shallow_sqnr_db": round(sqnr_db(wanted, found), 2),
-        "timesteps": [float(step[where].flatten()[0]) for step in cycle],
+        "timesteps": timesteps.tolist(),
         "notes": "SQNR of the last shallow forward against a full one there, on the same latents",
     }
-    return Prepared(run, forwards=cache.interval, report=report)
+    return Prepared(run, forwards=CONFIG.interval, report=report)
 
 
 def prepare_deepcache_pipeline(pipe: Any, options: PeerOptions, precision: str) -> dict[str, Any]:
@@ -133,46 +87,12 @@ def prepare_deepcache_pipeline(pipe: Any, options: PeerOptions, precision: str) 
         to_channels_last(unet, [])
         to_channels_last(pipe.vae, [])
     report = pipeline_report("deepcache", pipe, precision, options)
-    cache = DeepCache(unet)
-    unet.forward = cache.forward
-    set_timesteps = pipe.scheduler.set_timesteps
-
-    def set_timesteps_and_reset(*args: Any, **kwargs: Any) -> Any:
-        cache.reset()
-        return set_timesteps(*args, **kwargs)
-
-    pipe.scheduler.set_timesteps = set_timesteps_and_reset
-    return report | {"interval": cache.interval, "branch": 0}
-
-
-def _shallow(unet: Any, kept: Kept) -> Any:
-    """The same U-Net, weights shared, without its down blocks and all but one layer going up."""
-    last = _without_children(unet.up_blocks[-1])
-    for name in ("resnets", "attentions"):
-        if layers := getattr(last, name, None):
-            setattr(last, name, nn.ModuleList([layers[-1]]))
-    shallow = _without_children(unet)
-    shallow.down_blocks = nn.ModuleList()
-    shallow.mid_block = kept
-    shallow.up_blocks = nn.ModuleList([last])
-    return shallow
-
-
-def _without_children(module: nn.Module) -> Any:
-    """A copy whose children can be replaced without touching the original's."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
-
-
-def _require_supported(unet: Any) -> None:
-    from diffusers import UNet2DConditionModel
-
-    if not isinstance(unet, UNet2DConditionModel):
-        raise HcfError(f"DeepCache needs a UNet2DConditionModel, not a {type(unet).__name__}")
-    last = unet.up_blocks[-1]
-    if len(getattr(last, "resnets", ())) < 2 or getattr(last, "upsamplers", None):
-        raise HcfError(f"DeepCache cannot cut {type(last).__name__}: it needs two layers or more")
+    cache = install(pipe, CONFIG)
+    return report | {
+        "interval": CONFIG.interval,
+        "branch": CONFIG.branch,
+        "shallow_flop_ratio": round(cache.cost.shallow_ratio, 4),
+    }
 
 
 def _deepcache(name: str, dtype: str, devices: tuple[str, ...], *checks: Check) -> Peer:

@@ -43,12 +43,27 @@ def prepare_openvino(case: Case, options: PeerOptions, precision: str, hint: str
 
     Raises HcfError where the runtime did not take the hint or no layer got `precision`.
     """
-    ov = import_package("openvino", PIP_OPENVINO)
     graph = export_graph(case, options.folder)
     release(case)
     feed = feeds(case)
     if precision == "int8":
         graph = quantise(graph, feed)
+    prepared = compile_graph(graph, feed, case.workload.name, options, precision, hint)
+    if precision == "int8":
+        nncf = import_package("nncf", PIP_NNCF)
+        prepared.report["notes"] = (
+            f"NNCF {nncf.__version__} post-training quantisation, calibrated on "
+            f"{CALIBRATION_CALLS} random inputs: its speed and rounding mean something, its "
+            "quality does not"
+        )
+    return prepared
+
+
+def compile_graph(
+    graph: Path, feed: dict[str, Any], name: str, options: PeerOptions, precision: str, hint: str
+) -> Prepared:
+    """`graph` compiled for the shapes of `feed`, with what really runs read back."""
+    ov = import_package("openvino", PIP_OPENVINO)
     core = ov.Core()
     properties = {
         "INFERENCE_PRECISION_HINT": hint,
@@ -68,7 +83,7 @@ def prepare_openvino(case: Case, options: PeerOptions, precision: str, hint: str
         EngineReport(
             engine="openvino",
             version=version(),
-            component=case.workload.name,
+            component=name,
             device="cpu",
             provider=str(core.get_property("CPU", "FULL_DEVICE_NAME")),
             precision=precision,
@@ -86,13 +101,6 @@ def prepare_openvino(case: Case, options: PeerOptions, precision: str, hint: str
         "streams": int(found["NUM_STREAMS"]),
         "rest_runs_in": PRECISION_NAMES.get(runs_in, runs_in),
     }
-    if precision == "int8":
-        nncf = import_package("nncf", PIP_NNCF)
-        details["notes"] = (
-            f"NNCF {nncf.__version__} post-training quantisation, calibrated on "
-            f"{CALIBRATION_CALLS} random inputs: its speed and rounding mean something, its "
-            "quality does not"
-        )
     return Prepared(run, report=asdict(report) | details)
 
 
@@ -105,7 +113,7 @@ def quantise(graph: Path, feed: dict[str, Any]) -> Path:
     if target.is_file():
         return target
     nncf, ov = import_package("nncf", PIP_NNCF), import_package("openvino", PIP_OPENVINO)
-    calls = [feed, *(_perturbed(feed, seed) for seed in range(1, CALIBRATION_CALLS))]
+    calls = calibration_feeds(feed)
     with quiet():
         model = nncf.quantize(
             ov.Core().read_model(str(graph)),
@@ -119,6 +127,11 @@ def quantise(graph: Path, feed: dict[str, Any]) -> Path:
         ov.save_model(model, str(Path(work) / target.name), compress_to_fp16=False)
         move_in(Path(work), target)
     return target
+
+
+def calibration_feeds(feed: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every quantiser of a run sees: the case's inputs, and others like them."""
+    return [feed, *(_perturbed(feed, seed) for seed in range(1, CALIBRATION_CALLS))]
 
 
 def _perturbed(feed: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hcf.engines import require_layers
-from hcf.engines.tensorrt import PlanOptions, build_plan, package
+from hcf.engines.tensorrt import PlanOptions, build_plan
+from hcf.engines.tensorrt_package import package
 from hcf.errors import MissingDependency
 from hcf_bench.peers import Peer, PeerOptions, Prepared, installed, missing_unless
 from hcf_bench.peers.onnx_graph import PIP, export_graph, release

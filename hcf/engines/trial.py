@@ -1,0 +1,230 @@
+"""A model with scales for every layer and format, and the graph that a choice of them is put into.
+
+What a search tries goes through here: the true error of a choice on held-out calls, its ONNX
+graph, the cost of every layer on the target engine, the latency of the whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hcf.engines.layer_cost import (
+    attribute,
+    check_attributed,
+    fastest,
+    modelled_costs,
+    openvino_times,
+    operations,
+    tensorrt_times,
+)
+from hcf.engines.openvino import OpenVinoEngine
+from hcf.engines.timing import time_interleaved
+from hcf.export.component import example_inputs
+from hcf.export.onnx import export_component
+from hcf.export.passes import insert_qdq
+from hcf.quantize.calibrate import calibration_prompts, choose_prompts
+from hcf.quantize.calibration_cache import CalibrationRequest, open_calibration
+from hcf.quantize.estimate import estimate_sensitivity, fitted, probe
+from hcf.quantize.presets import quantisable_layers
+from hcf.quantize.quantize import sampling_of
+from hcf.quantize.ranges import calibrate_scales
+from hcf.quantize.scales import LayerScale
+from hcf.quantize.sensitivity import error_of
+from hcf.quantize.sensitivity_choice import FLOATING, TRIED_MOVES
+from hcf.quantize.statistics import run_call
+from hcf.settings import ExportConfig, QuantizeConfig, SensitivityConfig
+from hcf.trace import DenoiserCall
+
+Log = Callable[[str], None]
+SOLVES_ALLOWED = 8  # passes over the held-out calls besides those of exchanges
+
+
+@dataclass(frozen=True)
+class Trial:
+    """scales: format -> layer -> scale. `outputs` are those of the held-out calls, in fp.
+
+    `graph` is the fp32 ONNX file (None for a target without one), `inputs` what it is timed with;
+    `content` identifies weights and calls.
+    """
+
+    denoiser: nn.Module
+    scales: dict[str, dict[str, LayerScale]]
+    calls: list[DenoiserCall]
+    held_out: list[DenoiserCall]
+    outputs: list[Tensor]
+    graph: Path | None
+    inputs: dict[str, Tensor]
+    threads: int
+    content: str
+
+    def scales_of(self, formats: Mapping[str, str]) -> dict[str, LayerScale]:
+        """The scales of a choice of formats, floating-point layers left out."""
+        return {n: self.scales[f][n] for n, f in formats.items() if f != FLOATING}
+
+    def true_error(self, formats: Mapping[str, str]) -> float:
+        """Relative error on the held-out calls."""
+        return error_of(self.denoiser, self.scales_of(formats), self.held_out, self.outputs)
+
+
+@contextmanager
+def open_trial(
+    pipe: Any, model: Path, config: SensitivityConfig, folder: Path, log: Log
+) -> Iterator[Trial]:
+    """Calibrates, scales every layer in every format, exports into `folder` where the target needs
+    a graph; says first what the search will take. Weights that do not fit wait elsewhere inside."""
+    denoiser: nn.Module = getattr(pipe, config.component)
+    layers = quantisable_layers(denoiser)
+    request = request_of(pipe, model, config)
+    with open_calibration(pipe, request, log, config.offload) as calibration:
+        found = probe(
+            pipe,
+            request.prompts[: request.batch_size],
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            height=request.height,
+            width=request.width,
+        )
+        estimate = estimate_sensitivity(
+            found, len(layers), len(config.formats), config.calls, config.held_out_calls,
+            SOLVES_ALLOWED + config.exchange_rounds * TRIED_MOVES, config.mode,
+        )  # fmt: skip
+        statistics = calibration.statistics(
+            denoiser, layers, count=config.calibration_calls, log=log
+        )
+        calls = calibration.calls(config.calls)
+        held_out = calibration.calls(config.held_out_calls, besides=config.calls)
+        with fitted(pipe, estimate, config.offload, log):
+            settings = quantize_config(config)
+            scales = {
+                str(format): calibrate_scales(
+                    denoiser, dict.fromkeys(layers, format), statistics, settings, calls
+                )
+                for format in config.formats
+            }
+            inputs = example_inputs(
+                pipe, config.component, batch=config.batch, height=config.height,
+                width=config.width,
+            )  # fmt: skip
+            graph = None
+            if config.target != "macs":
+                log("sensitivity: exporting the graph that formats are put into")
+                graph = export_graph(pipe, config.component, inputs, folder)
+            with torch.no_grad():
+                outputs = [run_call(denoiser, call) for call in held_out]
+            content = f"{calibration.key} {config.component} {config.calls}"
+            threads = config.threads or torch.get_num_threads()
+            yield Trial(
+                denoiser, scales, calls, held_out, outputs, graph, inputs, threads, content
+            )  # fmt: skip
+
+
+def export_graph(pipe: Any, component: str, inputs: Mapping[str, Tensor], folder: Path) -> Path:
+    """The component's fp32 ONNX graph in `folder`."""
+    # the exporter takes a size of 1 for a constant
+    two = {k: v if len(v) > 1 else torch.cat([v, v]) for k, v in inputs.items()}
+    export_component(pipe, component, two, folder / "model.onnx", ExportConfig())
+    return folder / "model.onnx"
+
+
+def quantize_config(config: SensitivityConfig) -> QuantizeConfig:
+    """The `quantize:` settings that the search's scales are calibrated with."""
+    shared = set(QuantizeConfig.model_fields) & set(SensitivityConfig.model_fields)
+    # the same word, but here it counts the buckets that errors are reported in
+    shared -= {"timestep_buckets"}
+    return QuantizeConfig(**{name: getattr(config, name) for name in shared})
+
+
+def request_of(pipe: Any, model: Path, config: SensitivityConfig) -> CalibrationRequest:
+    """The same trajectories as `hcf quantize` would record with the same settings."""
+    steps, guidance = sampling_of(pipe, model)
+    prompts = calibration_prompts(config.calibration_prompts, model)
+    return CalibrationRequest(
+        tuple(choose_prompts(prompts, config.calibration_samples, config.seed)),
+        config.calibration_steps or steps,
+        guidance if config.calibration_guidance is None else config.calibration_guidance,
+        config.seed,
+        config.batch_size,
+        config.height,
+        config.width,
+    )
+
+
+def measure_costs(trial: Trial, config: SensitivityConfig, log: Log) -> dict[str, dict[str, float]]:
+    """format ("none" too) -> layer -> cost, in the unit of the target."""
+    formats = [FLOATING, *trial.scales]
+    layers = list(trial.scales[config.formats[0]])
+    if trial.graph is None:
+        return modelled_costs(trial.denoiser, layers, formats, trial.calls[0])
+    import onnx
+
+    weights = operations(trial.denoiser, layers, trial.calls[0])
+    found: dict[str, dict[str, float]] = {}
+    for format in formats:
+        path = write_graph(trial, dict.fromkeys(layers, format), f"all-{format}")
+        precision = "fp32" if format == FLOATING else format
+        if config.target == "openvino":
+            times = openvino_times(path, precision, trial.inputs, trial.threads, config.repeats)
+        else:
+            times = tensorrt_times(path, precision, trial.inputs, config.repeats)
+        proto = onnx.load(str(path), load_external_data=False)
+        found[format], rest = attribute(proto, times, layers, weights)
+        check_attributed(found[format], rest, f"{config.target} {precision}")
+        log(
+            f"sensitivity: all layers in {precision}: {sum(found[format].values()):.2f} ms in "
+            f"layers, {rest:.2f} ms in the rest"
+        )
+    return found
+
+
+def write_graph(trial: Trial, formats: Mapping[str, str], name: str) -> Path:
+    """The ONNX graph with `formats` put in, beside the fp32 one; that one where there are none."""
+    assert trial.graph is not None
+    return graph_with(trial.graph, trial.scales_of(formats), name)
+
+
+def graph_with(graph: Path, scales: Mapping[str, LayerScale], name: str) -> Path:
+    """The fp32 ONNX file `graph` with Q/DQ for `scales`, as `name`.onnx beside it."""
+    import onnx
+
+    if not scales:
+        return graph
+    model, _ = insert_qdq(onnx.load(str(graph)), scales)
+    path = graph.with_name(f"{name}.onnx")
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+    onnx.save(
+        model, str(path), save_as_external_data=size > 2**31 - 2**20, location=f"{path.name}.data"
+    )
+    return path
+
+
+def latencies(trial: Trial, formats: Sequence[Mapping[str, str]], repeats: int) -> list[float]:
+    """Milliseconds of the whole graph in each choice of formats, timed in turns on OpenVINO."""
+    engines = [
+        open_openvino(
+            write_graph(trial, each, f"timed-{i}"), trial.scales_of(each), trial.inputs,
+            trial.threads,
+        )
+        for i, each in enumerate(formats)
+    ]  # fmt: skip
+    calls = [partial(engine, trial.inputs) for engine in engines]
+    return [fastest(samples) for samples in time_interleaved(calls, repeats)]
+
+
+def open_openvino(
+    graph: Path, scales: Mapping[str, LayerScale], inputs: Mapping[str, Tensor], threads: int
+) -> OpenVinoEngine:
+    """An OpenVINO engine of a graph with `scales` in it."""
+    used = Counter(scale.scheme for scale in scales.values())
+    precision = used.most_common(1)[0][0] if used else "fp32"
+    shapes = {key: tuple(tensor.shape) for key, tensor in inputs.items()}
+    return OpenVinoEngine(graph, "unet", precision, threads, shapes)

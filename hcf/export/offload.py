@@ -1,0 +1,56 @@
+"""Weights out of memory and back: where a graph is checked, torch's copy only takes up room."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+OFFLOAD_FROM_BYTES = 2 * 2**30
+ALIGNMENT = 64
+
+
+@contextmanager
+def offloaded(module: nn.Module, folder: Path) -> Iterator[bool]:
+    """Inside, weights of 2 GiB and more lie in a file of `folder` and are mapped, not held.
+
+    `module` computes as before: pages are read when they are used, and can be dropped by the
+    system. Yields whether it did; afterwards the weights are in memory and the file is gone.
+    """
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.device.type == "cpu"]
+    size = sum(tensor.nbytes for tensor in tensors)
+    if size < OFFLOAD_FROM_BYTES:
+        yield False
+        return
+    path = folder / "weights.offloaded"
+    try:
+        _map(tensors, path)
+        gc.collect()
+        yield True
+    finally:
+        for tensor in tensors:
+            tensor.data = tensor.data.clone()
+        path.unlink(missing_ok=True)
+
+
+def _map(tensors: list[Tensor], path: Path) -> None:
+    """Writes `tensors` one after the other and points each at its place in the file."""
+    held = [tensor for tensor in tensors if tensor.is_contiguous() and tensor.nbytes]
+    offsets: list[int] = []
+    with path.open("wb") as file:
+        for tensor in held:
+            file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
+            offsets.append(file.tell())
+            tensor.detach().reshape(-1).view(torch.uint8).numpy().tofile(file)
+            file.seek(0, os.SEEK_END)
+        size = file.tell()
+    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    for tensor, offset in zip(held, offsets, strict=True):
+        mapped = torch.empty(0, dtype=tensor.dtype)
+        mapped.set_(storage, offset // tensor.element_size(), tensor.shape, tensor.stride())  # type: ignore[arg-type]
+        tensor.data = mapped
