@@ -35,6 +35,7 @@ from hcf.artifact import INDEX, MANIFEST, read_manifest, refuse_pickle
 from hcf.errors import HcfError, UnsafeFile
 from hcf.export.component import default_components
 from hcf.load import accelerate
+from hcf.lora import check_pipeline_lora
 from hcf.routing import routes_of
 from hcf.source import (
     check_backends,
@@ -161,6 +162,18 @@ class Accelerated:
         The components are shared, and so are their engines where they do for both.
         """
         return _derived(super().from_pipe, pipeline, kwargs)  # type: ignore[misc]
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As diffusers', but a LoRA that does not fit this model is an error before it is loaded:
+        InvalidArtifact names the first layer. diffusers leaves such layers out with a warning."""
+        given = pretrained_model_name_or_path_or_dict
+        check_pipeline_lora(self, given, **kwargs)
+        super().load_lora_weights(given, adapter_name, **kwargs)  # type: ignore[misc]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         super().to(*args, **kwargs)  # type: ignore[misc]

@@ -258,7 +258,8 @@ def _denoise(module: nn.Module, route: Route) -> Callable[..., Any]:
 
 def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Names what engines cannot take; drops options that have no effect."""
-    if getattr(module, "encoder_hid_proj", None) is not None:
+    # Kolors has an `encoder_hid_proj` too, of its text, which is in the graph
+    if getattr(module.config, "encoder_hid_dim_type", None) == "ip_image_proj":
         raise HcfError(
             "this pipeline has an IP-Adapter, whose image attention engines do not have",
             fix="pipe.unload_ip_adapter(), or " + EAGER,

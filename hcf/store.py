@@ -49,7 +49,7 @@ from hcf.lora import clean_module, effective_weights, weights_hash
 from hcf.quantize.calibrate import CALIBRATION_FILE
 from hcf.quantize.quantize import quantize_component, write_quantised
 from hcf.quantize.ranges import rescale
-from hcf.quantize.scales import SCALES_FILE, read_scales, write_scales
+from hcf.quantize.scales import REPORT_FILE, SCALES_FILE, read_scales, write_scales
 from hcf.routing import owner_of, unrouted
 from hcf.settings import BuildConfig, ExportConfig, QuantizeConfig
 
@@ -180,9 +180,8 @@ def _refit(
     elif quantised:
         scales = rescale(read_scales(folder / component / SCALES_FILE), weights)
         write_scales(target / component / SCALES_FILE, scales)
-        shutil.copyfile(
-            folder / component / CALIBRATION_FILE, target / component / CALIBRATION_FILE
-        )
+        for name in (CALIBRATION_FILE, REPORT_FILE):
+            shutil.copyfile(folder / component / name, target / component / name)
         export_quantized(target, component, log)
     form = refit_form(folder, target, component, entry, threads)
     return entry.model_copy(update=form)

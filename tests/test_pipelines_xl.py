@@ -33,6 +33,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {},
     "PNDMScheduler": {"skip_prk_steps": True},
 }
+MODEL = Path(__file__).parents[1] / "models" / "weights" / "taiji-sd-mini"
 NOISE = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -203,8 +204,6 @@ def test_latent_consistency_models(tmp_path: Path, engine_store: Path) -> None:
 
 
 def test_taiji_pipeline() -> None:
-    from test_shipped_model import MODEL
-
     from hcf.source import open_pipeline
 
     ours = hcf.pipelines.TaijiStableDiffusionPipeline.from_pretrained(MODEL, engine="eager")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hcf.export.graphs
 import hcf.export.parity
-from hcf.errors import HcfError
+from hcf.errors import HcfError, RecipeError
 from hcf.export.component import component_module, example_inputs, relative_error
 from hcf.export.graphs import save_graph, write_graph
 from hcf.export.onnx import export_components
@@ -271,6 +271,12 @@ def test_overflow_in_an_export_leaves_no_graph_behind(tmp_path: Path) -> None:
     islands = config.model_copy(update={"islands": ["decoder.up_blocks.0.resnets.0.*"]})
     records = export_components(pipe, tmp_path, islands, lambda line: None)["vae_decoder"]
     assert "decoder.up_blocks.0.resnets.0.*" in records[1]["lowering"]["islands"]
+
+
+def test_an_island_that_is_no_module_is_named(tmp_path: Path) -> None:
+    config = ExportConfig(components=["vae_decoder"], islands=["decoder.up_blocks", "mid"])
+    with pytest.raises(RecipeError, match="'mid'"):
+        export_components(make_tiny_pipeline(), tmp_path, config)
 
 
 def test_unet_islands_are_found_by_either_exporter(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_what_an_engine_cannot_take_is_named(tiny_pipeline: Any) -> None:
     wanted = tiny_pipeline.unet(**inputs).sample
     found = tiny_pipeline.unet(**inputs, cross_attention_kwargs={"scale": 0.5}).sample
     assert torch.equal(found, wanted)
-    tiny_pipeline.unet.encoder_hid_proj = torch.nn.Identity()
+    tiny_pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
     with pytest.raises(HcfError, match="IP-Adapter"):
         tiny_pipeline.unet(**inputs)
 

@@ -9,6 +9,7 @@ their own (`hcf.engines.angles`): in bf16 a timestep of 999 is 1000, and its emb
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from hcf.engines import EngineReport, check_precision, missing, require_layers
 from hcf.engines.angles import split_angles
 from hcf.errors import InvalidArtifact, MissingDependency
+from hcf.export.geglu import split_geglu
 
 KEPT_SHAPES = 8
 KEPT_ANGLES = 1024  # one for each timestep of a training schedule, a few hundred bytes each
@@ -196,15 +198,35 @@ def runs_here(precision: str) -> bool:
 
 def convert(graph: Path, output: Path) -> None:
     """ONNX file `graph` -> `output` (.xml, with its .bin beside), weights as they are."""
+    import onnx
+
     ov = _package()
-    try:
-        model = ov.Core().read_model(str(graph))
-    except RuntimeError as error:
-        raise InvalidArtifact(
-            f"OpenVINO {version()} cannot read {graph.name}: {error}",
-            fix="export with another opset",
-        ) from error
-    ov.save_model(model, str(output), compress_to_fp16=False)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".hcf-") as work:
+        source = graph
+        if any(n.op_type == "DequantizeLinear" for n in _nodes(graph)):
+            model = onnx.load(str(graph))
+            if split_geglu(model):
+                source = Path(work) / graph.name
+                onnx.save(
+                    model,
+                    str(source),
+                    save_as_external_data=True,
+                    location=f"{graph.name}.data",
+                )
+            del model
+        try:
+            ov.save_model(ov.Core().read_model(str(source)), str(output), compress_to_fp16=False)
+        except RuntimeError as error:
+            raise InvalidArtifact(
+                f"OpenVINO {version()} cannot read {graph.name}: {error}",
+                fix="export with another opset",
+            ) from error
+
+
+def _nodes(graph: Path) -> Any:
+    import onnx
+
+    return onnx.load(str(graph), load_external_data=False).graph.node
 
 
 def count_layers(compiled: Any) -> dict[str, int]:

@@ -52,7 +52,7 @@ from hcf.settings import QuantizeConfig, SensitivityConfig
 from hcf.source import open_pipeline
 
 Log = Callable[[str], None]
-SOLVES = 5  # times the program is solved to meet a measured latency
+SOLVES = 6  # times the program is solved to meet a measured latency
 BISECTIONS = 6  # of the predicted error that gives the true one asked for
 SAME_SPEED = 1.005  # measured ratios up to this times the target count as reached
 COST_UNITS = {"openvino": "ms", "tensorrt": "ms", "macs": "byte times"}
@@ -180,6 +180,8 @@ def _within_latency(
         return Found(*moved(choose(options, budget=budget)), None)
     cheapest = sum(min(o.cost for o in options if o.layers == layers) for layers in default)
     found: list[Found] = []
+    below: tuple[float, float] | None = None  # (budget, ratio) of the last that kept the target
+    above: tuple[float, float] | None = None
     for _ in range(SOLVES):
         choice = choose(options, budget=budget)
         ratio, base = _ratio(trial, choice, default, config)
@@ -190,8 +192,16 @@ def _within_latency(
         )
         if ratio <= target * SAME_SPEED:
             found.append(Found(choice, error, ratio))
-        # what the whole took too long, or had to spare, is in the unit of the costs
-        budget = max(budget + (target - ratio) * base, cheapest * (1 + 1e-9))
+            below = budget, ratio
+        else:
+            above = budget, ratio
+        if below and above and below[0] < above[0] and below[1] < above[1]:
+            share = (target - below[1]) / (above[1] - below[1])
+            budget = below[0] + min(max(share, 0.1), 0.9) * (above[0] - below[0])
+        else:
+            # what the whole took too long, or had to spare, is in the unit of the costs
+            budget += (target - ratio) * base
+        budget = max(budget, cheapest * (1 + 1e-9))
     if not found:
         raise RecipeError(
             f"no choice was found that measures at most {target:.3f} of the default's latency; "

@@ -2,9 +2,9 @@
 
     scores = Q(q sqrt(s)) Q(k sqrt(s))^T,  p = softmax(scores),  out = Q(p) Q(v)
 
-One static range a tensor, from the calibration calls. p is never negative: it takes UINT8, all of
-whose 255 steps lie in 0 .. max p; TensorRT knows no UINT8, so its graphs take INT8. Its range is
-measured, not 1: over 4096 keys no weight comes near 1.
+One static range a tensor, from the calibration calls. That of p is measured, not 1: over 4096 keys
+no weight comes near 1. p is INT8 although it is never negative: TensorRT has no UINT8, and one
+graph serves every runtime.
 """
 
 from __future__ import annotations
@@ -119,22 +119,16 @@ def attention_ranges(
 
 
 def quantize_attention(
-    model: ModelProto,
-    attention: Sequence[Attention],
-    amax: Mapping[str, float],
-    *,
-    unsigned: bool = True,
+    model: ModelProto, attention: Sequence[Attention], amax: Mapping[str, float]
 ) -> int:
     """Puts Q/DQ in front of both products of every attention; returns the products. In place."""
     from onnx import helper, numpy_helper
 
     made: dict[str, str] = {}
-    first = {one.weights for one in attention}
     nodes: dict[str, list[NodeProto]] = {}
     for name in dict.fromkeys(name for one in attention for name in one.tensors):
-        kind, steps = (np.uint8, 255) if unsigned and name in first else (np.int8, 127)
-        scale = numpy_helper.from_array(np.float32(amax[name] / steps), f"{name}_attention_scale")
-        zero = numpy_helper.from_array(np.zeros((), kind), f"{name}_attention_zero")
+        scale = numpy_helper.from_array(np.float32(amax[name] / 127), f"{name}_attention_scale")
+        zero = numpy_helper.from_array(np.zeros((), np.int8), f"{name}_attention_zero")
         model.graph.initializer.extend([scale, zero])
         made[name] = f"{name}_attention_dequantized"
         parts = [scale.name, zero.name]

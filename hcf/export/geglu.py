@@ -2,9 +2,9 @@
 
     hidden, gate = split(x W + b)    ->    hidden = x W[:, :N] + b[:N],  gate = x W[:, N:] + b[N:]
 
-The numbers are the same, W (K, 2N) float or INT8 with its scales. On CPUs OpenVINO copies each half
-in its reference implementation (3 % of SD 1.5's INT8 U-Net), and neither half's activation can be
-fused into the product. TensorRT fuses the wide form itself, so its graphs keep it.
+The numbers are the same. Done to INT8 weights behind a DequantizeLinear when OpenVINO's form is
+built: on CPUs it copies each half in its reference implementation, 4 % of SD 1.5's INT8 U-Net. The
+exported graph keeps the wide form, which TensorRT fuses itself.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def split_geglu(model: ModelProto) -> int:
     """Rewrites every Split of a linear layer's output in half; returns how many. In place.
 
-    Only where the layer has no other reader and its weight is an initializer, or INT8 behind a
-    DequantizeLinear with a scale a column; weights have to be loaded.
+    Only where the layer has no other reader and its weight is behind a DequantizeLinear with a
+    scale a column; weights have to be loaded.
     """
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -43,12 +43,14 @@ def split_geglu(model: ModelProto) -> int:
             continue
         bias = next((tensors[name] for name in add.input if name in tensors), None)
         dequantize = makers.get(product.input[1])
-        weight = tensors.get(dequantize.input[0] if dequantize is not None else product.input[1])
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        weight = tensors.get(dequantize.input[0])
         if bias is None or weight is None or len(weight.dims) != 2 or len(bias.dims) != 1:
             continue
         if readers[add.output[0]] != 1 or readers[product.output[0]] != 1:
             continue
-        if dequantize is not None and not _per_column(dequantize, tensors, int(weight.dims[1])):
+        if not _per_column(dequantize, tensors, int(weight.dims[1])):
             continue
         if weight.dims[1] % 2 or _axis(node) not in (-1, 2) or weight.dims[1] != bias.dims[0]:
             continue
@@ -58,7 +60,7 @@ def split_geglu(model: ModelProto) -> int:
             nodes += made
             added += fresh
         replaced[id(node)] = nodes
-        gone |= {id(add), id(product)} | ({id(dequantize)} if dequantize is not None else set())
+        gone |= {id(add), id(product), id(dequantize)}
     kept = [
         n for node in graph.node if id(node) not in gone for n in replaced.get(id(node), [node])
     ]
@@ -74,7 +76,7 @@ def split_geglu(model: ModelProto) -> int:
 def _half(
     product: NodeProto,
     add: NodeProto,
-    dequantize: NodeProto | None,
+    dequantize: NodeProto,
     weight: TensorProto,
     bias: TensorProto,
     tensors: dict[str, TensorProto],
@@ -87,19 +89,13 @@ def _half(
     suffix = f"_half{part}"
     half_bias = _columns(bias, part, f"{bias.name}{suffix}")
     half_weight = _columns(weight, part, f"{weight.name}{suffix}")
-    fresh = [half_bias, half_weight]
-    nodes: list[NodeProto] = []
-    source = half_weight.name
-    if dequantize is not None:
-        parts = [half_weight]
-        for name in dequantize.input[1:]:
-            parts.append(_columns(tensors[name], part, f"{name}{suffix}"))
-        fresh += parts[1:]
-        made = Node()
-        made.CopyFrom(dequantize)
-        source = f"{dequantize.output[0]}{suffix}"
-        _rewire(made, [tensor.name for tensor in parts], source, suffix)
-        nodes.append(made)
+    parts = [half_weight]
+    for name in dequantize.input[1:]:
+        parts.append(_columns(tensors[name], part, f"{name}{suffix}"))
+    made = Node()
+    made.CopyFrom(dequantize)
+    source = f"{dequantize.output[0]}{suffix}"
+    _rewire(made, [tensor.name for tensor in parts], source, suffix)
     times = Node()
     times.CopyFrom(product)
     _rewire(times, [product.input[0], source], f"{product.output[0]}{suffix}", suffix)
@@ -107,7 +103,7 @@ def _half(
     plus.CopyFrom(add)
     inputs = [half_bias.name if name == bias.name else times.output[0] for name in add.input]
     _rewire(plus, inputs, output, suffix)
-    return [*nodes, times, plus], fresh
+    return [made, times, plus], [half_bias, *parts]
 
 
 def _rewire(node: NodeProto, inputs: list[str], output: str, suffix: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from hcf.artifact import clone_artifact, staged_folder, write_manifest
-from hcf.errors import HcfError
+from hcf.errors import HcfError, RecipeError
 from hcf.export.component import (
     TEXT_ENCODERS,
     VAE_DECODER,
@@ -56,7 +56,7 @@ from hcf.export.parity import (
     require_in_float16,
     torch_outputs,
 )
-from hcf.export.precision import Lowering, lower, raise_opset
+from hcf.export.precision import Lowering, lower, matching, raise_opset
 from hcf.export.quantized import export_quantized, is_quantized
 from hcf.export.simplify import PassRecord, simplify
 from hcf.recipe import ExportConfig
@@ -103,14 +103,15 @@ def export_components(
     """Graphs of a float32 pipeline in hand, in `folder`/<component>; {component: their records}.
 
     Quantised graphs are added where `folder`/<component> has scales and calibration calls. Raises
-    RecipeError for an unknown component, HcfError where a graph is further from torch than its
-    limit, where float16 cannot hold a layer's values, or where fp16 is asked for and no component
-    can have it; MissingDependency without onnx, onnxscript or onnxruntime.
+    RecipeError for an unknown component or island, HcfError where a graph is further from torch
+    than its limit, where float16 cannot hold a layer's values, or where fp16 is asked for and no
+    component can have it; MissingDependency without onnx, onnxscript or onnxruntime.
     """
     require_onnx()
     wanted = default_components(pipe) if config.components is None else config.components
     for component in wanted:
         check_component(pipe, component)
+    _check_islands(pipe, wanted, config)
     refused = [c for c in wanted if "fp16" in config.precisions and _upcasts(pipe, c, config)]
     if refused and refused == list(wanted):
         raise HcfError(
@@ -259,6 +260,18 @@ def _small_sizes(pipe: Any) -> list[tuple[int, int]]:
     unit = math.lcm(factor * 2 ** (levels - 1), 8)  # pipelines refuse what 8 does not divide
     height = max(1, own // 2 // unit) * unit
     return [(height, max(height + unit, own * 3 // 4 // unit * unit))]
+
+
+def _check_islands(pipe: Any, components: Sequence[str], config: ExportConfig) -> None:
+    """RecipeError for a pattern that no module of these components fits."""
+    owners = {"vae" if c in (VAE_DECODER, VAE_ENCODER) else c for c in components}
+    names = [f"{c}.{name}" for c in owners for name, _ in getattr(pipe, c).named_modules()]
+    for pattern in config.islands:
+        if matching(names, [pattern]) is None:
+            raise RecipeError(
+                f"export.islands: {pattern!r} is the name of no module in {', '.join(components)}",
+                fix="name modules as in named_modules(), like 'decoder.up_blocks.3.*'",
+            )
 
 
 def _upcasts(pipe: Any, component: str, config: ExportConfig) -> bool:

@@ -12,6 +12,7 @@ the fp32 graph, which they may not be far from.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hcf.errors import HcfError, RecipeError
+from hcf.export.attention import attention_ranges, find_attention, quantize_attention
 from hcf.export.component import component_module, graph_inputs, relative_error
 from hcf.export.graphs import (
     FP32_GRAPH,
@@ -81,7 +83,8 @@ def export_quantized(
         "exporter": exporter,
     }
     records = []
-    for floating, path in _with_qdq(folder, component, scheme, scales):
+    attention = _wants_attention(folder / component)
+    for floating, path in _with_qdq(folder, component, scheme, scales, cases if attention else ()):
         found = _outputs(graph_runner(path, _as_written()), cases)
         error, wiring = relative_error(found, wanted), relative_error(found, simulated)
         limit = WIRING_LIMIT if pipe is not None else 2 * WIRING_LIMIT
@@ -107,9 +110,17 @@ def export_quantized(
 
 
 def _with_qdq(
-    folder: Path, component: str, scheme: str, scales: Mapping[str, Any]
+    folder: Path,
+    component: str,
+    scheme: str,
+    scales: Mapping[str, Any],
+    attention_cases: Sequence[Case],
 ) -> Iterator[tuple[str, Path]]:
-    """(what the other layers compute in, file) of each graph with Q/DQ, as it is written."""
+    """(what the other layers compute in, file) of each graph with Q/DQ, as it is written.
+
+    Attention too where there are `attention_cases` to take its ranges from. Raises HcfError where
+    it is one operator, whose weights cannot be rounded.
+    """
     import onnx
     import onnx_ir as ir
 
@@ -122,9 +133,29 @@ def _with_qdq(
         model, _ = insert_qdq(
             onnx.load(str(source), load_external_data=False), scales, folder=source.parent
         )
+        if attention_cases:
+            found = find_attention(model)
+            if not found:
+                raise HcfError(
+                    f"{source.name} has no attention as MatMul, Softmax, MatMul",
+                    fix="export with opset below 23, or leave quantize.attention out",
+                )
+            feeds = [{k: v.numpy() for k, v in case.items()} for case in attention_cases]
+            fp32 = folder / component / FP32_GRAPH
+            quantize_attention(model, found, attention_ranges(fp32, found, feeds))
         path = folder / component / graph_name(scheme, floating)
         save_graph(ir.serde.deserialize_model(model), path)
         yield floating, path
+
+
+def _wants_attention(folder: Path) -> bool:
+    """Whether the component was quantised with `quantize.attention`."""
+    from hcf.quantize.scales import REPORT_FILE
+
+    if not (folder / REPORT_FILE).is_file():
+        return False
+    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    return bool(report.get("settings", {}).get("attention", False))
 
 
 def _typed(call: DenoiserCall) -> DenoiserCall:

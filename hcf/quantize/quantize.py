@@ -105,10 +105,11 @@ def quantize_component(
 ) -> Quantised:
     """Calibrate the component of a pipeline in hand. Nothing in it changes, but its weights with
     `qat.steps`. `model`: the folder it comes from, for its captions and its sampling."""
-    if config.attention:
+    if config.attention and config.format != "int8":
         raise RecipeError(
-            "quantize.attention: the scales of a layer do not cover the products of attention",
-            fix="leave quantize.attention out",
+            f"quantize.attention with format {config.format}: the products of attention are "
+            "quantised to int8 only",
+            fix="use format int8, or leave quantize.attention out",
         )
     denoiser: nn.Module = getattr(pipe, config.component)
     refuse_quantised_modules(denoiser, config.component)
