@@ -90,7 +90,8 @@ class EngineEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of hcf_manifest.json. `chosen`: the entry that `auto` takes."""
+    """The content of hcf_manifest.json. `chosen`: the entry that `auto` takes. `cache`: settings of
+    the feature cache that the engines were built for."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
@@ -108,6 +109,7 @@ class Manifest(BaseModel):
     exports: dict[str, list[dict[str, Any]]] = {}
     engines: dict[str, list[EngineEntry]] = {}
     chosen: dict[str, str] = {}
+    cache: dict[str, Any] = {}
     quality: dict[str, Any] = {}
     latency: dict[str, Any] = {}
 

@@ -12,6 +12,7 @@ from hcf.terminal import (
     EngineOption,
     Format,
     FormatOption,
+    ModelOption,
     RecipeOption,
     SeedOption,
     SetOption,
@@ -51,3 +52,35 @@ def check(
     finish(format, f"check {verdict.name}: {state}", verdict.model_dump(mode="json"))
     if not verdict.passed:
         raise GateFailed("\n".join(verdict.reasons), "improve the candidate, or the thresholds")
+
+
+def decoder(
+    model: ModelOption,
+    tiny: Annotated[Path, typer.Option("--tiny", help="AutoencoderTiny or AutoencoderKL folder.")],
+    images: Annotated[int, typer.Option(min=1, help="Images to decode twice.")] = 8,
+    lpips_weights: Annotated[
+        Path | None, typer.Option(help="LPIPS weights (.safetensors); without them no LPIPS.")
+    ] = None,
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    format: FormatOption = Format.human,
+) -> None:
+    """Say what a tiny decoder costs in quality and saves in time, on the model's own latents."""
+    from dataclasses import asdict
+
+    from hcf.decode import TinyDecoder, compare_decoders, open_decoder
+    from hcf.generate import sample_latents
+    from hcf.load import load
+
+    pipe = load(model, engine="eager", threads=threads)
+    latents = sample_latents(pipe, images, seed or 0)
+    lpips = lpips_weights is not None
+    small = TinyDecoder(pipe.vae, open_decoder(tiny))
+    found = compare_decoders(pipe, small, latents, lpips=lpips, lpips_weights=lpips_weights)
+    text = (
+        f"{found.images} images: PSNR {found.psnr_db:.1f} dB, SSIM {found.ssim:.3f}, "
+        + (f"LPIPS {found.lpips:.3f}, " if found.lpips is not None else "")
+        + f"{found.flop_ratio:.1f}x fewer operations, {found.time_ratio:.1f}x faster "
+        f"[{found.time_ratio_low:.1f}, {found.time_ratio_high:.1f}]"
+    )
+    finish(format, text, asdict(found))

@@ -65,6 +65,27 @@ def generate_files(
     return files
 
 
+def sample_latents(pipe: Any, images: int, seed: int) -> Any:
+    """latents (N, C, H, W) of the pipeline on built-in prompts, as its denoiser leaves them."""
+    import torch
+
+    from hcf.quantize.prompts import CALIBRATION_PROMPTS as PROMPTS
+    from hcf.trace import quiet
+
+    options = {
+        "num_inference_steps": pipe.hcf_sampling.get("steps"),
+        "guidance_scale": pipe.hcf_sampling.get("guidance_scale"),
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    with quiet(pipe), torch.no_grad():
+        return pipe(
+            prompt=[PROMPTS[i % len(PROMPTS)] for i in range(images)],
+            generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(images)],
+            output_type="latent",
+            **given,
+        ).images
+
+
 def _draw(pipe: Any, prompts: list[str], request: Request) -> list[Any]:
     """Images (H, W, 3) of the prompts, each from its own generator."""
     import numpy as np

@@ -25,6 +25,7 @@ from hcf.engines import PRECISIONS, Engine, EngineReport, check_precision
 from hcf.engines.forms import engine_version, entry_name, open_entry, open_torch, speed
 from hcf.errors import MissingDependency, RecipeError
 from hcf.export.component import (
+    CACHED,
     cached_components,
     components_of,
     default_components,
@@ -66,7 +67,8 @@ def load(
 
     `engine` "auto" takes what the build chose; a folder it has not seen runs eager. A named engine
     runs in its fastest `precision` that was built, or in the one given; then components that have
-    it take it, and the denoiser must. `threads` holds for torch and the engines.
+    it take it, and the denoiser must. `threads` holds for torch and the engines. A feature cache
+    that the engines were built for comes with them, and not with torch's.
 
     Raises RecipeError or HcfError for an engine or precision that was not built, EngineMismatch for
     one that another version or machine built, InvalidArtifact and UnsafeFile for broken folders.
@@ -77,7 +79,11 @@ def load(
     _set_threads(threads)
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else None
     sampling = manifest.sampling if manifest else default_sampling(path)
-    _install(pipe, path, manifest, engine, precision, components, logger.info)
+    built_for = manifest.cache if manifest else {}
+    caching = parse(FeatureCacheConfig, built_for, str(path)) if built_for else None
+    if engine in TORCH_ENGINES:
+        caching = None  # the plain model, which others are held against
+    _install(pipe, path, manifest, engine, precision, components, logger.info, caching)
     pipe.hcf_sampling = sampling.model_dump(exclude_none=True)
     return pipe
 
@@ -119,6 +125,8 @@ def accelerate(
                 fix="choose with precision=, or leave `path` out",
             )
         folder, manifest = Path(path), read_manifest(Path(path))
+        if caching is None and manifest.cache and engine not in TORCH_ENGINES:
+            caching = parse(FeatureCacheConfig, manifest.cache, str(path))
         _install(pipe, folder, manifest, engine, precision, components, say, caching)
         pipe.hcf_sampling = manifest.sampling.model_dump(exclude_none=True)
     else:
@@ -199,7 +207,7 @@ def _install(
     denoiser = denoiser_name(pipe)
     wanted = _components(pipe, components)
     if components is None:
-        wanted = tuple(dict.fromkeys([*wanted, *built]))
+        wanted = tuple(dict.fromkeys([*wanted, *(n for n in built if not CACHED.fullmatch(n))]))
     opened: list[tuple[str, Engine, dict[str, list[int]], Callable[[], Engine]]] = []
     reports: list[EngineReport] = []
     with _unrouted_components(pipe, wanted):

@@ -109,6 +109,8 @@ class Recipe(Config):
             and {"onnxruntime", "openvino", "tensorrt"} & {*self.build.engines}
         ):
             raise ValueError("build.engines use ONNX graphs: add an `export:` section")
+        if self.cache and not (self.build and self.export):
+            raise ValueError("a cache needs engines of its two steps: add `export:` and `build:`")
         if self.sensitivity and not self.quantize:
             raise ValueError("sensitivity chooses what quantize does: add a `quantize:` section")
         names = [check.name for check in self.check]

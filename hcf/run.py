@@ -15,7 +15,7 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from hcf.artifact import (
     write_manifest,
 )
 from hcf.errors import GateFailed, HcfError, RecipeError, StorageError
-from hcf.recipe import Config, Recipe, write_resolved
+from hcf.recipe import Recipe, write_resolved
+from hcf.settings import BuildConfig, Config, ExportConfig
 
 Log = Callable[[str], None]
 # A stage writes its result into a folder: stage(folder, inputs {name: path}, settings, log).
@@ -121,11 +122,12 @@ def plan(recipe: Recipe) -> list[Step]:
     def add(stage: str, name: str, config: Config, inputs: tuple[str, ...], artifact: bool) -> None:
         steps.append(Step(len(steps) + 1, stage, name, config, inputs, artifact))
 
+    export, build = _with_cache(recipe)
     artifact_stages: tuple[tuple[str, Config | None], ...] = (
         ("distill", recipe.distill),
         ("quantize", recipe.quantize),
-        ("export", recipe.export),
-        ("build", recipe.build),
+        ("export", export),
+        ("build", build),
     )
     for stage, config in artifact_stages:
         if config is None:
@@ -148,6 +150,23 @@ def plan(recipe: Recipe) -> list[Step]:
         seen = tuple(dict.fromkeys(("model", student, result, *(s.name for s in steps))))
         add("report", "report", recipe.report, seen, False)
     return steps
+
+
+def _with_cache(recipe: Recipe) -> tuple[ExportConfig | None, BuildConfig | None]:
+    """The export and build sections; under a cache the U-Net is its two steps."""
+    export, build, cache = recipe.export, recipe.build, recipe.cache
+    if cache is None or export is None or build is None:
+        return export, build
+    pair = [f"unet_full_{cache.branch}", f"unet_shallow_{cache.branch}"]
+
+    def steps(components: Iterable[str]) -> list[str]:
+        return [name for c in components for name in (pair if c == "unet" else [c])]
+
+    exported = steps(export.components or ["unet", "vae_decoder"])
+    return (
+        export.model_copy(update={"components": exported}),
+        build.model_copy(update={"components": steps(build.components), "cache": cache}),
+    )
 
 
 def run_recipe(

@@ -249,7 +249,8 @@ class BuildConfig(Config):
     GPU, else cpu); a node that falls back to the CPU is an error unless `allow_cpu_fallback`.
     `compile_mode` "regional" compiles the repeated blocks alone: seconds instead of minutes. An
     engine that cannot be built or does not get its precision stops the build, unless `keep_going`:
-    then it is listed with its reason.
+    then it is listed with its reason. With `cache` the pipeline is loaded with that feature cache;
+    `components` then name its two steps ("unet_full_0", "unet_shallow_0") in place of the U-Net.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -267,6 +268,7 @@ class BuildConfig(Config):
     compile_mode: Literal["full", "regional"] = "full"
     compile_dynamic: bool = False
     keep_going: bool = False
+    cache: FeatureCacheConfig | None = None
     engines: list[EngineName] = ["eager", "onnxruntime", "openvino"]
     precisions: list[Precision] = ["fp32", "bf16", "int8"]
     components: list[str] = ["unet", "vae_decoder"]

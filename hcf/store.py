@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +40,8 @@ from hcf.engines.build import build_components
 from hcf.engines.forms import entry_name, open_form, refit_form
 from hcf.errors import RecipeError
 from hcf.export.component import CACHED, cached_components
-from hcf.export.graphs import graph_name, save_graph
 from hcf.export.onnx import FP32_GRAPH, export_components, export_quantized
-from hcf.export.passes import insert_qdq, layer_of
+from hcf.export.quantized import export_quantized_step
 from hcf.export.refit import refit_graph
 from hcf.lora import clean_module, effective_weights, weights_hash
 from hcf.quantize.calibrate import CALIBRATION_FILE
@@ -97,31 +95,11 @@ def engines_of(pipe: Any, request: Request, log: Log) -> tuple[Path, Manifest]:
         export = request.export.model_copy(update={"components": request.graphs})
         build = request.build.model_copy(update={"components": request.graphs})
         manifest.exports = export_components(pipe, temporary, export, log)
-        if request.cache_branch is not None and request.quantize is not None:
-            for component in cached_components(request.cache_branch):
-                _quantise_step(temporary, component, log)
         engines, chosen = build_components(pipe, temporary, build, log)
         manifest.engines, manifest.chosen = engines, chosen
         write_manifest(temporary, manifest)
     trim(root, keep=folder)
     return folder, read_manifest(folder)
-
-
-def _quantise_step(folder: Path, component: str, log: Log) -> None:
-    """The quantised graph of one step of a cached U-Net, with the scales of the U-Net's layers."""
-    import onnx
-    import onnx_ir as ir
-
-    graph = folder / component / FP32_GRAPH
-    model = onnx.load(str(graph), load_external_data=False)
-    scales = read_scales(folder / "unet" / SCALES_FILE)
-    there = {layer_of(node, scales) for node in model.graph.node}
-    kept = {name: scale for name, scale in scales.items() if name in there}
-    scheme = Counter(scale.scheme for scale in kept.values()).most_common(1)[0][0]
-    write_scales(folder / component / SCALES_FILE, kept)
-    model, counts = insert_qdq(model, kept, folder=graph.parent)
-    save_graph(ir.serde.deserialize_model(model), folder / component / graph_name(scheme))
-    log(f"{component}: {len(counts.layers)} layers quantised to {scheme}")
 
 
 def refitted(
@@ -176,7 +154,7 @@ def _refit(
         scales = rescale(read_scales(folder / "unet" / SCALES_FILE), weights)
         (target / "unet").mkdir()
         write_scales(target / "unet" / SCALES_FILE, scales)
-        _quantise_step(target, component, log)
+        export_quantized_step(target, component, log)
     elif quantised:
         scales = rescale(read_scales(folder / component / SCALES_FILE), weights)
         write_scales(target / component / SCALES_FILE, scales)

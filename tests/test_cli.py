@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import make_tiny_pipeline
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -212,3 +213,14 @@ def test_judge_without_a_data_set_says_how_to_make_one(hcf: Hcf, tmp_path: Path)
     code, _, err = hcf("data", "judge", tmp_path / "none", "-o", tmp_path / "judge")
     assert code == 5 and "hcf data build emoji" in err
     assert not (tmp_path / "judge").exists()
+
+
+def test_decoder_says_what_a_tiny_one_costs(hcf: Hcf, tiny_folder: Path, tmp_path: Path) -> None:
+    make_tiny_pipeline().vae.save_pretrained(tmp_path / "same")
+    arguments = ["decoder", "-m", tiny_folder, "--tiny", tmp_path / "same", "--images", 1]
+    code, out, err = hcf(*arguments, "--format", "json")
+    assert code == 0, err
+    found = json.loads(out.strip().splitlines()[-1])
+    assert found["psnr_db"] == 100.0 and found["flop_ratio"] == 1.0 and found["lpips"] is None
+    code, _, err = hcf("decoder", "-m", tiny_folder, "--tiny", tmp_path / "none")
+    assert code == 5 and "none" in err

@@ -55,7 +55,10 @@ def test_estimates_follow_the_work(tiny_pipeline: Any) -> None:
     assert twice.disk_bytes == 2 * once.disk_bytes
     assert scaled(twice, 0.5).seconds == once.seconds
     assert "about 18 s" in str(twice) and "GiB of memory" in str(twice)
-    assert estimate_quantization(found, 64, 8).seconds == 2.0 * (2 * 64 + 3 * 8)
+    assert estimate_quantization(found, 64, 8).seconds == 2.0 * (2 * 64 + 4 * 8)
+    big = replace(found, weights={"unet": 3 * GIB}, largest=GIB // 8)
+    assert estimate_quantization(big).host_bytes < found.resident + GIB
+    assert estimate_quantization(big).seconds > estimate_quantization(found).seconds
     by_output = estimate_sensitivity(found, 100, 2, 8, 4, 10, "output")
     by_layer = estimate_sensitivity(found, 100, 2, 8, 4, 10, "layer")
     assert by_output.seconds == 2.0 * (800 + 8 + 4 * 12) > by_layer.seconds

@@ -10,10 +10,13 @@ import torch
 
 import hcf
 from hcf.artifact import Sampling, read_manifest
+from hcf.engines.build import build
 from hcf.engines.forms import entry_name, speed
 from hcf.errors import EngineMismatch, HcfError, RecipeError
-from hcf.export.component import example_inputs, relative_error
+from hcf.export.component import cached_components, example_inputs, relative_error
+from hcf.export.onnx import export
 from hcf.load import accelerate, load, pick_entry
+from hcf.recipe import BuildConfig, ExportConfig, FeatureCacheConfig
 from hcf.routing import routes_of
 from hcf.trace import record_calls
 
@@ -119,3 +122,27 @@ def test_conditioning_the_engine_was_not_built_with_is_refused(tiny_built: Path)
         pipe.unet(**inputs, timestep_cond=torch.zeros(1, 8))
     sample = pipe.unet(**inputs).sample
     assert torch.equal(sample, pipe.unet(**inputs, return_dict=False)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*step")
+def test_a_folder_built_with_a_cache_loads_with_it(tiny_quantized: Path) -> None:
+    cache = FeatureCacheConfig(interval=2)
+    steps = list(cached_components(0))
+    exported, built = (tiny_quantized.with_name(f"cache-{name}") for name in ("graphs", "engines"))
+    export(tiny_quantized, exported, ExportConfig(components=steps), lambda line: None)
+    config = BuildConfig(
+        engines=["openvino"],
+        precisions=["fp32", "int8"],
+        components=steps,
+        cache=cache,
+        threads=1,
+        repeats=2,
+    )
+    build(exported, built, config, lambda line: None)
+    pipe = load(built, engine="openvino", precision="int8")
+    assert [r.component for r in pipe.hcf_report] == [*steps, "vae_decoder"]
+    assert pipe.hcf_report[0].layer_precisions["int8"] > pipe.hcf_report[1].layer_precisions["int8"]
+    images = pipe("red cat", num_inference_steps=6).images
+    assert images[0].size == (16, 16)
+    plain = load(built, engine="eager")
+    assert not routes_of(plain)

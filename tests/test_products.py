@@ -102,12 +102,17 @@ def test_layers_that_fell_back_are_named() -> None:
     fine = report("int8", {"int8": 2, "fp32": 1})
     assert require_layers(fine, asked, dict(asked)) is fine
     assert require_layers(fine, asked, {"a": "int8", "c": "fp32"}) is fine  # b fused into another
-    with pytest.raises(HcfError, match=r"quantises 2 layers, but 1 of them fell back \(b\)"):
+    with pytest.raises(HcfError, match=r"to 2 layers, but 1 of them fell back \(b\)"):
         require_layers(report("int8", {"int8": 1, "fp32": 2}), asked, {**asked, "b": "fp32"})
     with pytest.raises(HcfError, match="renamed by the runtime"):
         found = {"a": "int8", "x": "fp32", "c": "fp32"}
         require_layers(report("int8", {"int8": 1, "fp32": 2}), asked, found)
     with pytest.raises(HcfError, match="asked for fp16.*but runs"):
         require_layers(report("fp16", {"fp32": 3}))
+    half = {"a": "fp16", "c": "fp32"}
+    mixed = report("fp16", {"fp16": 1, "fp32": 1})
+    assert require_layers(mixed, half, {"a": "fp16", "c": "fp16"}) is mixed  # a hint
+    with pytest.raises(HcfError, match=r"1 of them fell back \(a\)"):
+        require_layers(mixed, half, {"a": "fp32", "c": "fp32"}, exact=True)
     weights = report("int8-weight", {"int8": 2})
     assert require_layers(weights) is weights

@@ -21,17 +21,17 @@ from hcf.errors import HcfError, MissingDependency
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "eager": ("fp32", "fp16", "bf16", "int8", "fp8", "int8-weight", "int4-weight", "int4"),
     "compile": ("fp32", "fp16", "bf16"),
-    "onnxruntime": ("fp32", "fp16", "int8", "fp8", "int8-weight", "int4-weight"),
+    "onnxruntime": ("fp32", "fp16", "int8", "int8-weight", "int4-weight"),
     "openvino": ("fp32", "fp16", "bf16", "int8", "int8-bf16", "int8-weight", "int4-weight"),
     "tensorrt": ("fp32", "fp16", "bf16", "int8", "fp8", "int4-weight"),
 }
 # the same by device, where that is less
 ON_DEVICE: dict[tuple[str, str], tuple[str, ...]] = {
-    # its CPU kernels compute fp16 graphs in fp32, and have none for FP8
+    # its CPU kernels compute fp16 graphs in fp32
     ("onnxruntime", "cpu"): ("fp32", "int8", "int8-weight", "int4-weight"),
     # the CUDA provider dequantises and multiplies in floating point
     ("onnxruntime", "cuda"): ("fp32", "fp16"),
-    ("onnxruntime", "tensorrt"): ("fp32", "fp16", "int8", "fp8"),
+    ("onnxruntime", "tensorrt"): ("fp32", "fp16", "int8"),
 }
 # eager computes these as an engine would, in float32: what they do to the output, not their speed
 SIMULATED = ("int8", "fp8", "int8-weight", "int4-weight", "int4")
@@ -42,8 +42,7 @@ COUNTED_AS = {"int8-weight": "int8", "int4-weight": "int4", "int8-bf16": "int8"}
 FORMATS = {"int8-bf16": "int8"}
 
 # instruction sets that decide which kernels a runtime picks
-CPU_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
-                "amx_int8", "amx_bf16", "amx_fp16")  # fmt: skip
+CPU_FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,14 @@ def require_layers(
     report: EngineReport,
     asked: Mapping[str, str] | None = None,
     found: Mapping[str, str] | None = None,
+    exact: bool = False,
 ) -> EngineReport:
     """The same report. Raises HcfError if the layers did not get the precision asked for.
 
     `asked` and `found`: products of the graph and of the runtime, name -> precision. A product may
     have gone from the runtime's graph (fused with another); one that is there in another precision
-    than the graph gave it fell back.
+    than the graph gave it fell back. Unless `exact`, floating types may differ: a runtime may take
+    them as a hint.
     """
     wanted = COUNTED_AS.get(report.precision, report.precision)
     fix = (
@@ -122,16 +123,16 @@ def require_layers(
     if asked is None or found is None:
         return report
     quantised = {name: kind for name, kind in asked.items() if not is_floating(kind)}
-    fallen = [n for n, kind in quantised.items() if n in found and found[n] != kind]
-    floating = sum(is_floating(kind) for kind in found.values())
-    more = floating - (len(asked) - len(quantised))
+    held = dict(asked) if exact else quantised
+    fallen = [n for n, kind in held.items() if n in found and found[n] != kind]
+    more = sum(map(is_floating, found.values())) - (len(asked) - len(quantised))
     if not fallen and more <= 0:
         return report
     names = ", ".join(fallen[:8]) + (f" and {len(fallen) - 8} more" if len(fallen) > 8 else "")
     raise HcfError(
         f"{report.engine} {report.version} was asked for {report.precision} in {report.component}: "
-        f"the graph quantises {len(quantised)} layers, but {max(len(fallen), more)} of them fell "
-        f"back ({names or 'renamed by the runtime'}); it runs {report.layer_precisions}",
+        f"the graph gives it to {len(held)} layers, but {max(len(fallen), more)} of them fell back "
+        f"({names or 'renamed by the runtime'}); it runs {report.layer_precisions}",
         fix=fix,
     )
 

@@ -78,8 +78,8 @@ def build(model: Path, output: Path, config: BuildConfig, log: Log = print) -> P
     with staged_folder(output) as folder:
         manifest = clone_artifact(model, folder)
         shutil.rmtree(folder / "engines", ignore_errors=True)
-        manifest.engines, manifest.chosen = {}, {}
         manifest.engines, manifest.chosen = build_components(pipe, folder, config, log)
+        manifest.cache = config.cache.model_dump() if config.cache else {}
         write_manifest(folder, manifest)
     return output
 

@@ -252,7 +252,7 @@ def open_form(
 
         provider = str(entry.details.get("provider", "cuda"))
         allowed = bool(entry.details.get("allow_cpu_fallback", False))
-        cache = folder / "engines" / component / "onnxruntime-tensorrt"
+        cache = engine_cache(entry) if provider == "tensorrt" else None
         engine = OnnxRuntimeGpuEngine(path, component, entry.precision, provider, allowed, cache)
     elif entry.engine == "onnxruntime":
         from hcf.engines.onnxruntime import OnnxRuntimeEngine
@@ -282,6 +282,15 @@ def open_form(
             fix=REBUILD,
         )
     return engine
+
+
+def engine_cache(entry: EngineEntry) -> Path:
+    """Where ONNX Runtime's TensorRT provider keeps what it builds when it loads a graph: beside no
+    artefact, whose files would change."""
+    from hcf.quantize.calibrate import hcf_home
+
+    name = f"{entry.source_hash[:16]}-{entry.version}-{here(entry.device)}-{entry.precision}"
+    return hcf_home() / "onnxruntime-tensorrt" / name
 
 
 def open_torch(

@@ -72,7 +72,7 @@ class OnnxRuntimeGpuEngine:
         self.stream = torch.cuda.Stream(self.device)
         options = session_options(ort, 0)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        self.session = _gpu_session(ort, graph, options, provider, self.stream, cache)
+        self.session = _gpu_session(ort, graph, options, provider, precision, self.stream, cache)
         if self.session.get_providers()[0] != PROVIDERS[provider]:
             raise HcfError(
                 f"onnxruntime {ort.__version__} was asked for {PROVIDERS[provider]} and runs "
@@ -175,7 +175,13 @@ def fallback_nodes(nodes: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
 
 
 def _gpu_session(
-    ort: Any, graph: Path, options: Any, provider: str, stream: Any, cache: Path | None
+    ort: Any,
+    graph: Path,
+    options: Any,
+    provider: str,
+    precision: str,
+    stream: Any,
+    cache: Path | None,
 ) -> Any:
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN as torch brings them
@@ -185,7 +191,10 @@ def _gpu_session(
     }
     if provider == "cuda":
         chosen |= {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
-    elif cache is not None:
+    else:
+        chosen |= {"trt_fp16_enable": "0" if precision == "fp32" else "1"}
+        chosen |= {"trt_int8_enable": "1" if precision == "int8" else "0"}
+    if provider == "tensorrt" and cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
         chosen |= {
             "trt_engine_cache_enable": "1",

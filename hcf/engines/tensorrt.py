@@ -90,7 +90,7 @@ KEYED = (
     "hardware_compatibility_level", "workspace_gb",
 )  # fmt: skip
 
-Check = Callable[[dict[str, str], dict[str, str]], None]
+Check = Callable[[dict[str, str], dict[str, str], bool], None]
 
 
 def parse_shapes(text: str) -> dict[str, list[int]]:
@@ -117,8 +117,9 @@ def network_precisions(graph: Path, driver: Driver | None = None) -> dict[str, L
 def build_plan(graph: Path, folder: Path, options: PlanOptions, check: Check | None = None) -> Path:
     """Build `graph` into a plan under `folder`; returns its path. An equal key is not built again.
 
-    `check` is called with the graph's products and those of the parsed network before the build,
-    and on a GPU again with those of the engine after it; what it raises leaves no plan.
+    `check` is called with what the graph's products should compute in and what the parsed network's
+    do before the build, and on a GPU with the network's and the engine's after it, where types have
+    to be the same; what it raises leaves no plan.
     Raises HcfError with TensorRT's own words where the graph cannot be parsed or compiled for the
     target, RecipeError for shapes or options that do not fit, MissingDependency without a package
     or, where one is needed, a GPU.
@@ -130,7 +131,7 @@ def build_plan(graph: Path, folder: Path, options: PlanOptions, check: Check | N
     asked, parsed = graph_products(graph), products_in(precisions_of(network))
     require_hardware(graph, parsed, target)
     if check is not None:
-        check(asked, parsed)
+        check(asked, parsed, False)
     if options.timing_cache is None and driver == "tensorrt":
         options = replace(options, timing_cache=timing_cache_path(driver, trt.__version__, target))
     config, profiles = _config(trt, driver, target, builder, network, options, log)
@@ -177,7 +178,7 @@ def build_plan(graph: Path, folder: Path, options: PlanOptions, check: Check | N
         layers = engine_layers(inspect_plan(trt, plan, options, log))
         told["engine"] = summary(layers)
         if check is not None:
-            check(asked, {**parsed, **engine_products(layers, asked)})
+            check(parsed, {**parsed, **engine_products(layers, parsed)}, True)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(plan)
@@ -237,7 +238,7 @@ def plan_entry(
     )
     driver, trt = package(options.driver)
 
-    def check(asked: dict[str, str], found: dict[str, str]) -> None:
+    def check(asked: dict[str, str], found: dict[str, str], exact: bool) -> None:
         report = EngineReport(
             engine="tensorrt",
             version=f"{driver} {trt.__version__}",
@@ -247,7 +248,7 @@ def plan_entry(
             precision=precision,
             layer_precisions=dict(Counter(found.values())),
         )
-        require_layers(report, asked, found)
+        require_layers(report, asked, found, exact)
 
     plan = build_plan(graph, folder / "engines" / component, options, check)
     key = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))

@@ -93,7 +93,7 @@ def _handle(module: str) -> Any:
     TensorRT keeps the first that it is given for as long as any of its objects lives, and ignores
     the others: each builder with its own would lose its messages, or call into one that is gone.
     """
-    trt = importlib.import_module(module)
+    trt: Any = importlib.import_module(module)
 
     class Log(trt.ILogger):
         def __init__(self) -> None:

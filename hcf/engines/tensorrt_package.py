@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,11 +56,9 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def timing_cache_path(driver: Driver, number: str, target: str) -> Path:
     """Where timings are kept unless an option says otherwise: one file a version and GPU."""
-    home = os.environ.get("HCF_HOME")
-    cache = os.environ.get("XDG_CACHE_HOME")
-    base = Path(cache).expanduser() if cache else Path.home() / ".cache"
-    root = Path(home).expanduser() if home else base / "hcf"
-    return root / "timing" / f"{driver}-{number}-{target}.cache"
+    from hcf.quantize.calibrate import hcf_home
+
+    return hcf_home() / "timing" / f"{driver}-{number}-{target}.cache"
 
 
 def target_of(driver: Driver, trt: Any, capability: str | None) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor
 from hcf.artifact import clone_artifact, staged_folder, write_manifest
 from hcf.errors import HcfError, RecipeError
 from hcf.export.component import (
+    CACHED,
     TEXT_ENCODERS,
     VAE_DECODER,
     VAE_ENCODER,
@@ -57,7 +58,7 @@ from hcf.export.parity import (
     torch_outputs,
 )
 from hcf.export.precision import Lowering, lower, matching, raise_opset
-from hcf.export.quantized import export_quantized, is_quantized
+from hcf.export.quantized import export_quantized, export_quantized_step, is_quantized
 from hcf.export.simplify import PassRecord, simplify
 from hcf.recipe import ExportConfig
 from hcf.source import open_pipeline
@@ -178,7 +179,9 @@ def _export_all(
         records.append(record(folder, path, "fp32", errors, **facts))
         for precision in low:
             records.append(_export_low(component, folder, precision, cases, wanted, config, log))
-        if is_quantized(folder, component):
+        if CACHED.fullmatch(component) and is_quantized(folder, "unet"):
+            records.append(export_quantized_step(folder, component, log))
+        elif is_quantized(folder, component):
             records += export_quantized(folder, component, log, pipe=pipe, exporter=config.exporter)
     return records
 
@@ -203,7 +206,8 @@ def _export_low(
     lowering = lower(model, precision, config.islands)
     passes += simplify(model, [name for name in config.passes if name in ("casts", "dead")])
     save_graph(model, path)
-    del model  # it maps the fp32 weights
+    del model  # it maps the fp32 weights, and refers to itself
+    gc.collect()
     limit = config.tolerances.get(precision, lowering.limit)  # type: ignore[call-overload]
     errors, runtime = _check(component, path, precision, cases, wanted, limit)
     worst = f"relative error {max(errors.values()):.1e}" if errors else runtime
@@ -264,7 +268,8 @@ def _small_sizes(pipe: Any) -> list[tuple[int, int]]:
 
 def _check_islands(pipe: Any, components: Sequence[str], config: ExportConfig) -> None:
     """RecipeError for a pattern that no module of these components fits."""
-    owners = {"vae" if c in (VAE_DECODER, VAE_ENCODER) else c for c in components}
+    halves = {VAE_DECODER: "vae", VAE_ENCODER: "vae"}
+    owners = {halves.get(c, "unet" if CACHED.fullmatch(c) else c) for c in components}
     names = [f"{c}.{name}" for c in owners for name, _ in getattr(pipe, c).named_modules()]
     for pattern in config.islands:
         if matching(names, [pattern]) is None:

@@ -37,6 +37,7 @@ from hcf.trace import DenoiserCall
 
 Log = Callable[[str], None]
 Case = Mapping[str, Tensor]
+Record = dict[str, Any]
 
 WIRING_LIMIT = 0.25
 COMPARED_CALLS = 8
@@ -107,6 +108,32 @@ def export_quantized(
         log(f"{component}: {describe(path)}, relative error {own:.3f}")
         records.append(record(folder, path, scheme, {"calibration": own}, **facts))
     return records
+
+
+def export_quantized_step(folder: Path, component: str, log: Log = print) -> Record:
+    """The quantised graph of one step of a cached U-Net, with the scales of the U-Net's layers.
+
+    Its scales go beside it. Attention stays in floating point, and the graph is compared with
+    nothing but its own layers: the calibration calls hold no features.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    from hcf.export.passes import insert_qdq, layer_of
+    from hcf.quantize.scales import SCALES_FILE, read_scales, write_scales
+
+    graph = folder / component / FP32_GRAPH
+    model = onnx.load(str(graph), load_external_data=False)
+    scales = read_scales(folder / "unet" / SCALES_FILE)
+    there = {layer_of(node, scales) for node in model.graph.node}
+    kept = {name: scale for name, scale in scales.items() if name in there}
+    scheme = Counter(scale.scheme for scale in kept.values()).most_common(1)[0][0]
+    write_scales(folder / component / SCALES_FILE, kept)
+    model, counts = insert_qdq(model, kept, folder=graph.parent)
+    path = folder / component / graph_name(scheme)
+    save_graph(ir.serde.deserialize_model(model), path)
+    log(f"{component}: {describe(path)}, {len(counts.layers)} layers in {scheme}")
+    return record(folder, path, scheme, {}, checked_on="not compared: layers alone")
 
 
 def _with_qdq(

@@ -3,7 +3,7 @@
 One batch of the pipeline is run for a step or two (`probe`); everything else follows from it:
 
     calibrate     batches x (setup + calls x step); activations + the calls of one batch
-    quantise      2 passes for statistics and 3 for the report; one copy of the quantised weights
+    quantise      2 passes for statistics and 4 for the report; the rounded weights, while few
     export        the weights again as a graph, and again while it is run against torch
     sensitivity   layers x formats x calls passes, half of each on average (the rest is replayed)
 
@@ -30,11 +30,14 @@ import psutil
 from torch import nn
 
 from hcf.errors import HcfError
+from hcf.quantize.simulate import HELD_BYTES
 from hcf.trace import DenoiserCall, denoiser_name, record_calls
 
 Log = Callable[[str], None]
 EXPORT_LIBRARIES = 200 * 2**20  # onnx, onnxscript, onnxruntime and the exporter's own, measured
 LARGE_GRAPH = 2 * 2**30  # bytes of weights from which they lie beside the graph and are mapped
+ROUNDED_BYTES_PER_S = 4e8  # of float32 weights, on one core
+ROUNDING_COPIES = 6  # of the largest weight while it is rounded, measured
 TRACE_S = 0.12  # seconds a layer to trace and write, on one core: a rule of thumb
 STEADY_STEP_S = 2.0  # shorter steps are timed more than once
 GIB = 2**30
@@ -57,6 +60,7 @@ class Probe:
     weights: parameters by component. setup_s: from the call to the first step (text encoders).
     step_s: one denoiser call and the scheduler. calls: of a whole run. activations: highest above
     `resident` while it ran. call_bytes change with every call, shared_bytes do not (text).
+    largest: of the component's parameters.
     """
 
     batch: int
@@ -69,6 +73,7 @@ class Probe:
     resident: int
     call_bytes: int
     shared_bytes: int
+    largest: int
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,12 @@ def probe(
         setup_s = statistics.median([setup_s, *(run(1)[0] for _ in range(3))])
         done = min(len(run(4)[1]), 3)
         step_s = statistics.median([(run(4)[0] - setup_s) / done for _ in range(4)])
+    name = component or denoiser_name(pipe)
+    module: nn.Module = getattr(pipe, name)
     changing = calls[0].sample.nbytes + calls[0].timestep.nbytes
     return Probe(
         batch=len(prompts),
-        component=component or denoiser_name(pipe),
+        component=name,
         weights=component_bytes(pipe),
         setup_s=setup_s,
         step_s=max(step_s, 1e-6),
@@ -138,6 +145,7 @@ def probe(
         resident=peak[1],
         call_bytes=changing,
         shared_bytes=sum(value.nbytes for value in calls[0].kwargs.values()),
+        largest=max(parameter.nbytes for parameter in module.parameters()),
     )
 
 
@@ -168,13 +176,22 @@ def estimate_calibration(found: Probe, prompts: int, kept_calls: int = 64) -> Es
 def estimate_quantization(
     found: Probe, kept_calls: int = 64, report_calls: int = 8, weight_passes: int = 0
 ) -> Estimate:
-    """Statistics over `kept_calls`, then an error report over `report_calls`."""
+    """Statistics over `kept_calls`, then an error report over `report_calls`.
+
+    Rounded weights are held beside the model while they are few; else every pass rounds anew.
+    """
     weights = found.weights[found.component]
+    held = weights <= HELD_BYTES
+    report = min(report_calls, kept_calls)
+    rounding = 0.0 if held else 2 * report * weights / ROUNDED_BYTES_PER_S
     calls = kept_calls * found.call_bytes + min(kept_calls, 8) * found.shared_bytes
     return Estimate(
         stage="quantisation",
-        seconds=(2 * kept_calls + (3 + weight_passes) * report_calls) * found.step_s,
-        host_bytes=found.resident + weights + found.activations + calls,
+        seconds=(2 * kept_calls + (4 + weight_passes) * report) * found.step_s + rounding,
+        host_bytes=found.resident
+        + 2 * found.activations
+        + calls
+        + (weights if held else ROUNDING_COPIES * found.largest),
         disk_bytes=calls,
         movable={n: size for n, size in found.weights.items() if n != found.component},
         fix="use fewer calibration_calls, a smaller batch_size or size, or `offload: disk`",

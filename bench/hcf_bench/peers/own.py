@@ -1,10 +1,11 @@
-"""This toolkit's own engines on the CPU: OpenVINO, in bf16 or on INT8 by the default rules.
+"""This toolkit's own engines: `hcf.accelerate` on a pipeline, and the U-Net alone on OpenVINO.
 
-INT8 is calibrated on the very inputs that NNCF sees in the same run.
+The U-Net's INT8 is calibrated on the very inputs that NNCF sees in the same run.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -49,6 +50,20 @@ def prepare_own(case: Case, options: PeerOptions, precision: str) -> Prepared:
             "mean something, its quality does not"
         )
     return Prepared(run, report=report)
+
+
+def prepare_own_pipeline(pipe: Any, options: PeerOptions, **accelerating: Any) -> dict[str, Any]:
+    """`hcf.accelerate` on the pipeline; its engines are built into the run's folder."""
+    import hcf
+    from hcf_bench.peers.eager import set_up_torch
+
+    set_up_torch(options)
+    os.environ["HCF_HOME"] = str(options.folder / "hcf-home")
+    lines: list[str] = []
+    # measured choices are logged, and tell why the others lost
+    hcf.accelerate(pipe, threads=options.threads, log=lines.append, **accelerating)
+    engines = [asdict(report) for report in pipe.hcf_report]
+    return engines[0] | {"component": "pipeline", "engines": engines, "log": lines[-60:]}
 
 
 def quantise(case: Case, feed: dict[str, Any], folder: Path) -> Path:
@@ -102,19 +117,44 @@ def _own(name: str, precision: str, min_sqnr_db: float, *checks: Check) -> Peer:
     ]
     if precision.startswith("int8"):
         packages.append(installed("modelopt", PIP_MODELOPT))
+    asked: dict[str, Any] = {"engine": "openvino", "precision": precision}
+    if precision.startswith("int8"):
+        asked["quantize"] = "int8"
     return Peer(
         name=name,
         dtype="fp32",
         min_sqnr_db=min_sqnr_db,
         devices=("cpu",),
-        kinds=("module",),
+        kinds=("module", "pipeline"),
         missing=missing_unless(("cpu",), *packages, *checks),
         prepare=lambda case, options: prepare_own(case, options, precision),
-        components=("unet",) if precision.startswith("int8") else (),
+        prepare_pipeline=lambda pipe, options: prepare_own_pipeline(pipe, options, **asked),
+        components=("unet", "pipeline") if precision.startswith("int8") else (),
+    )
+
+
+def _accelerated(name: str, dtype: str, devices: tuple[str, ...], **asked: Any) -> Peer:
+    def no_module(case: Case, options: PeerOptions) -> Prepared:
+        raise HcfError(f"{name} takes a pipeline", fix=f"time {case.workload.preset}/pipeline")
+
+    checks = (installed("onnx", PIP), installed("onnxscript", PIP), installed("onnxruntime", PIP))
+    return Peer(
+        name=name,
+        dtype=dtype,
+        min_sqnr_db=8.0,
+        devices=devices,
+        kinds=("pipeline",),
+        missing=missing_unless(devices, *checks),
+        prepare=no_module,
+        prepare_pipeline=lambda pipe, options: prepare_own_pipeline(pipe, options, **asked),
+        components=("pipeline",),
     )
 
 
 ADAPTED = (
+    _accelerated("hcf-auto", "fp32", ("cpu",), engine="auto"),
+    _accelerated("hcf-auto-fp16", "fp16", ("cuda",), engine="auto"),
+    _accelerated("hcf-auto-cache-3", "fp32", ("cpu",), engine="auto", cache=3),
     _own("hcf-bf16", "bf16", 15.0, bf16_arithmetic),
     _own("hcf-int8", "int8", 10.0),
     _own("hcf-int8-bf16", "int8-bf16", 8.0, bf16_arithmetic),
