@@ -232,8 +232,8 @@ def test_quantize_leaves_nothing_after_an_error(tiny_folder: Path, tmp_path: Pat
     config = QuantizeConfig(exclude=[ExcludeRule(pattern="nothing", reason="typo")])
     with pytest.raises(RecipeError):
         quantize(tiny_folder, tmp_path / "out" / "int8", config, lambda line: None)
-    with pytest.raises(RecipeError, match="do not cover the products of attention"):
-        config = QuantizeConfig(attention=True)
+    with pytest.raises(RecipeError, match="quantised to int8 only"):
+        config = QuantizeConfig(attention=True, format="fp8")
         quantize(tiny_folder, tmp_path / "out" / "int8", config, lambda line: None)
     with pytest.raises(RecipeError, match="preset 'sd16' is not known"):
         config = QuantizeConfig(preset="sd16")

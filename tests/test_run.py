@@ -218,3 +218,19 @@ def test_killed_at_any_stage_the_next_run_continues(tmp_path: Path, stop_at: str
     assert list(seen.values()) == [name in ALL[: ALL.index(first)] for name in ALL]
     assert (tmp_path / "out" / MANIFEST).is_file()
     assert not list(work.rglob("half-written")) and not list(work.glob(".hcf-*-*"))
+
+
+def test_a_cache_makes_graphs_and_engines_of_its_two_steps(tmp_path: Path) -> None:
+    with_cache = recipe(tmp_path, cache={"interval": 2, "branch": 1})
+    configs = {step.name: step.config for step in plan(with_cache)}
+    steps = ["unet_full_1", "unet_shallow_1"]
+    assert configs["export"].model_dump()["components"][:2] == steps
+    assert configs["build"].model_dump()["components"][:2] == steps
+    assert configs["build"].model_dump()["cache"]["interval"] == 2
+
+
+def test_a_sensitivity_search_comes_before_what_it_decides(tmp_path: Path) -> None:
+    searched = recipe(tmp_path, sensitivity={"max_error": 0.05})
+    steps = {step.name: step for step in plan(searched)}
+    assert steps["quantize"].inputs[-1] == "sensitivity"
+    assert not steps["sensitivity"].makes_artifact

@@ -283,7 +283,8 @@ def with_batch(inputs: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """|found - wanted| / |wanted|, L2 norms in float64; inf where that is not finite."""
-    error = (found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-12)
+    found, wanted = found.detach().double(), wanted.detach().double()
+    error = (found - wanted).norm() / wanted.norm().clamp_min(1e-12)
     return float(error) if torch.isfinite(error) else float("inf")
 
 

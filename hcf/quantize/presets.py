@@ -81,7 +81,7 @@ LAST_SHORTCUTS = Rule(
     "reads the residual stream without a norm, joined with the skip of the first convolution: one "
     "range for both cost 4x the error of all other layers together late in the trajectory "
     "(measured on Taiji-SD-mini); 1x1",
-    asked=("int8",),
+    asked=("int8", "int4"),
 )
 UNET_RULES = (GEGLU_4_BITS, SHORTCUTS_4_BITS, LAST_SHORTCUTS)
 TEXT_PROJECTION = Rule(
