@@ -363,6 +363,14 @@ def default_sampling(path: Path) -> Sampling:
         return Sampling()
 
 
+def hcf_home() -> Path:
+    """Where this toolkit keeps what it can make again: $HCF_HOME, else under $XDG_CACHE_HOME."""
+    if given := os.environ.get("HCF_HOME"):
+        return Path(given).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache).expanduser() if cache else Path.home() / ".cache") / "hcf"
+
+
 def save_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     temporary = path.with_name(f".hcf-{os.getpid()}-{path.name}")

@@ -31,6 +31,7 @@ from hcf.artifact import (
     Manifest,
     Sampling,
     environment,
+    hcf_home,
     read_manifest,
     staged_folder,
     write_manifest,
@@ -231,14 +232,6 @@ def content_key(pipe: Any, request: Request) -> str:
             if name.startswith("text_encoder") and isinstance(module, nn.Module)
         }
     return _digest(parts)
-
-
-def hcf_home() -> Path:
-    """Where this toolkit keeps what it can make again: $HCF_HOME, else under $XDG_CACHE_HOME."""
-    if given := os.environ.get("HCF_HOME"):
-        return Path(given).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache).expanduser() if cache else Path.home() / ".cache") / "hcf"
 
 
 def engines_folder() -> Path:

@@ -137,7 +137,7 @@ def tiny_folder(tiny_pipeline: Any, tmp_path: Path) -> Path:
 def tiny_quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`make_tiny_pipeline` as an artefact sampled in 4 steps, its U-Net calibrated to INT8."""
     from hcf.artifact import Sampling, clone_artifact, write_manifest
-    from hcf.quantize.int8 import quantize
+    from hcf.quantize.quantize import quantize
     from hcf.recipe import QuantizeConfig
 
     root = tmp_path_factory.mktemp("tiny")

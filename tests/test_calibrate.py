@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from hcf.artifact import hcf_home
 from hcf.errors import InvalidArtifact, RecipeError, StorageError
 from hcf.quantize.calibrate import (
     CAPTIONS,
@@ -22,7 +23,6 @@ from hcf.quantize.calibrate import (
     choose_prompts,
     collect,
     flat_inputs,
-    hcf_home,
     load_calibration,
     save_calibration,
     spread,

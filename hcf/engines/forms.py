@@ -287,7 +287,7 @@ def open_form(
 def engine_cache(entry: EngineEntry) -> Path:
     """Where ONNX Runtime's TensorRT provider keeps what it builds when it loads a graph: beside no
     artefact, whose files would change."""
-    from hcf.quantize.calibrate import hcf_home
+    from hcf.artifact import hcf_home
 
     name = f"{entry.source_hash[:16]}-{entry.version}-{here(entry.device)}-{entry.precision}"
     return hcf_home() / "onnxruntime-tensorrt" / name

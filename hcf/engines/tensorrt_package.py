@@ -56,7 +56,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def timing_cache_path(driver: Driver, number: str, target: str) -> Path:
     """Where timings are kept unless an option says otherwise: one file a version and GPU."""
-    from hcf.quantize.calibrate import hcf_home
+    from hcf.artifact import hcf_home
 
     return hcf_home() / "timing" / f"{driver}-{number}-{target}.cache"
 

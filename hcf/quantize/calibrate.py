@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,13 +33,6 @@ CAPTIONS = Path("hcf_data") / "captions_distill.json"
 MAX_CALLS = (
     64  # more calls do not move the ranges; a 50-step teacher would otherwise record hundreds
 )
-
-
-def hcf_home() -> Path:
-    """Folder of everything kept between runs: HCF_HOME, else $XDG_CACHE_HOME/hcf."""
-    if home := os.environ.get("HCF_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hcf"
 
 
 def calibration_prompts(given: Sequence[str] | Path, model: Path | None = None) -> list[str]:

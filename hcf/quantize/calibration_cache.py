@@ -27,11 +27,10 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from hcf.artifact import hash_file, is_disk_full, save_text
+from hcf.artifact import hash_file, hcf_home, is_disk_full, save_text
 from hcf.errors import HcfError, RecipeError, StorageError
 from hcf.quantize.calibrate import (
     MAX_CALLS,
-    hcf_home,
     load_calibration,
     save_calibration,
     spread_indices,

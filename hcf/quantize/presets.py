@@ -246,6 +246,9 @@ def choose_formats(
     return choice.formats, choice.excluded
 
 
+WEIGHT_ONLY = ("int8-weight", "int4-weight")
+
+
 def choose(denoiser: nn.Module, config: QuantizeConfig, log: Log = print) -> Choice:
     """A format for every Conv2d and Linear: the preset's rules, then `exclude`, then `rules`.
 
@@ -267,6 +270,10 @@ def choose(denoiser: nn.Module, config: QuantizeConfig, log: Log = print) -> Cho
         if not rule.asked or config.format in rule.asked:
             pattern = rule.pattern.format(last=_last_up_block(names))
             apply(fnmatch.filter(names, pattern), rule.format, rule.reason)
+    if config.format in WEIGHT_ONLY:
+        convolutions = [n for n in names if isinstance(denoiser.get_submodule(n), nn.Conv2d)]
+        wide = [name for name in convolutions if formats[name] == config.format]
+        apply(wide, FLOAT, "no engine computes a convolution from weights of 8 or 4 bits alone")
     for given in config.exclude:
         matched = _matched(names, given.pattern, "exclude")
         apply(matched, FLOAT if given.exclude else config.format, given.reason)
