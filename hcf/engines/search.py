@@ -54,7 +54,7 @@ from hcf.source import open_pipeline
 Log = Callable[[str], None]
 SOLVES = 6  # times the program is solved to meet a measured latency
 BISECTIONS = 6  # of the predicted error that gives the true one asked for
-SAME_SPEED = 1.005  # measured ratios up to this times the target count as reached
+SAME_SPEED = 1.01  # measured ratios up to this times the target count as reached
 COST_UNITS = {"openvino": "ms", "tensorrt": "ms", "macs": "byte times"}
 # settings that the recipe takes over, so that it calibrates as the search did
 KEPT = ("component", "calibration_samples", "calibration_calls", "calibration_steps",
