@@ -212,9 +212,10 @@ def make_tiny_controlnet(unet: Any) -> Any:
     return net.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def engine_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """HCF_HOME of a session: engines that one test had built serve the next."""
+    """HCF_HOME of a session: what one test had calibrated or built serves the next, and nothing
+    lands in the user's own cache."""
     home = tmp_path_factory.mktemp("hcf-home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HCF_HOME", str(home))
