@@ -157,10 +157,11 @@ def test_openvino_times_go_to_layers(
     scales = calibrate_scales(unet, dict.fromkeys(layers, "int8"), seen)
     onnx.save(insert_qdq(onnx.load(str(graph)), scales)[0], str(int8))
     weights = operations(unet, layers, call)
-    for path, precision in ((graph, "fp32"), (int8, "int8")):
-        times = openvino_times(path, precision, inputs, threads=1, repeats=3)
-        found, rest = attribute(onnx.load(str(path)), times, layers, weights)
-        check_attributed(found, rest, precision)
+    graphs = {"none": graph, "int8": int8}
+    each = openvino_times(graphs, {"none": "fp32", "int8": "int8"}, inputs, threads=1, repeats=3)
+    for name, times in each.items():
+        found, rest = attribute(onnx.load(str(graphs[name])), times, layers, weights)
+        check_attributed(found, rest, name)
         assert sum(found.values()) + rest == pytest.approx(sum(t.ms for t in times))
         assert sum(value > 0 for value in found.values()) > 0.8 * len(layers)
         assert rest < 0.8 * sum(found.values()) + rest

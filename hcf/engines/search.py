@@ -1,6 +1,7 @@
 """The sensitivity search: a model in, a recipe out that says which layers to quantise to what.
 
-1. calibration (shared cache), scales of every layer in every format
+1. calibration (shared cache); the way to choose activation ranges that is best with the default
+   rules; scales of every layer in every format
 2. error of each layer and format alone           hcf.quantize.sensitivity
 3. cost of each on the target engine              hcf.engines.layer_cost
 4. integer program, Pareto front                  hcf.quantize.sensitivity_choice
@@ -29,7 +30,7 @@ from torch import nn
 
 from hcf.artifact import save_text
 from hcf.engines.timing import torch_threads
-from hcf.engines.trial import Trial, latencies, measure_costs, open_trial
+from hcf.engines.trial import Trial, latencies, measure_costs, open_trial, quantize_config
 from hcf.errors import RecipeError
 from hcf.quantize.presets import choose as choose_by_rules
 from hcf.quantize.quantize import refuse_quantised, refuse_quantised_modules
@@ -97,7 +98,7 @@ def search(model: Path, output: Path, config: SensitivityConfig, log: Log = prin
         costs = measure_costs(trial, config, log)
         groups = shared_inputs(denoiser, list(costs[FLOATING]), trial.calls[0])
         options = make_options(groups, errors, costs)
-        default = default_choice(options, default_formats(denoiser, config, log))
+        default = default_choice(options, default_formats(denoiser, config))
         log(
             f"sensitivity: default rules: cost {cost_of(default):.3f} {COST_UNITS[config.target]}, "
             f"predicted error {predicted_error(default):.5f}"
@@ -111,10 +112,11 @@ def search(model: Path, output: Path, config: SensitivityConfig, log: Log = prin
                 f"floating point meets the target on {config.target}, so nothing is quantised",
                 fix="ask for less latency or allow more error, or leave `hcf quantize` out",
             )
-        default_error = trial.true_error(layer_formats(default))
+        default_error = trial.default_error()
         _write_front(output, config, options, found, default, default_error, errors)
         rules = recipe_rules(found.choice, errors, COST_UNITS[config.target])
-        save_text(output, recipe_text(model, output, config, rules, found, default_error))
+        text = recipe_text(model, output, config, trial.settings, rules, found, default_error)
+        save_text(output, text)
     log(
         f"sensitivity: {output}: true error {found.error:.5f} (default rules "
         f"{default_error:.5f}), {dict(Counter(layer_formats(found.choice).values()))}"
@@ -142,10 +144,9 @@ def make_options(
     ]
 
 
-def default_formats(denoiser: nn.Module, config: SensitivityConfig, log: Log) -> dict[str, str]:
+def default_formats(denoiser: nn.Module, config: SensitivityConfig) -> dict[str, str]:
     """What `hcf quantize` does with this model in the first format when no rule is given."""
-    default = QuantizeConfig(component=config.component, format=config.formats[0])
-    choice = choose_by_rules(denoiser, default, log)
+    choice = choose_by_rules(denoiser, quantize_config(config), lambda line: None)
     return {**dict.fromkeys(choice.excluded, FLOATING), **choice.formats}
 
 
@@ -180,6 +181,8 @@ def _within_latency(
         return Found(*moved(choose(options, budget=budget)), None)
     cheapest = sum(min(o.cost for o in options if o.layers == layers) for layers in default)
     found: list[Found] = []
+    if target >= 1:  # the default rules keep the target: nothing that is worse is taken
+        found.append(Found(default, trial.true_error(layer_formats(default)), 1.0))
     below: tuple[float, float] | None = None  # (budget, ratio) of the last that kept the target
     above: tuple[float, float] | None = None
     for _ in range(SOLVES):
@@ -284,6 +287,7 @@ def recipe_text(
     model: Path,
     output: Path,
     config: SensitivityConfig,
+    settings: QuantizeConfig,
     rules: Sequence[Mapping[str, str]],
     found: Found,
     default_error: float,
@@ -292,6 +296,9 @@ def recipe_text(
     tree = {name: getattr(config, name) for name in KEPT if name in config.model_fields_set}
     if prompts := config.calibration_prompts:
         tree["calibration_prompts"] = str(prompts) if isinstance(prompts, Path) else prompts
+    tree["algorithm"] = settings.algorithm
+    if settings.algorithm == "percentile":
+        tree["percentile"] = settings.percentile
     tree |= {"format": config.formats[0], "rules": [dict(rule) for rule in rules]}
     QuantizeConfig.model_validate(tree)
     ratio = f", latency {found.ratio:.3f} of theirs" if found.ratio is not None else ""

@@ -34,31 +34,41 @@ from hcf.export.passes import insert_qdq
 from hcf.quantize.calibrate import calibration_prompts, choose_prompts
 from hcf.quantize.calibration_cache import CalibrationRequest, open_calibration
 from hcf.quantize.estimate import estimate_sensitivity, fitted, probe
+from hcf.quantize.presets import choose as choose_by_rules
 from hcf.quantize.presets import quantisable_layers
 from hcf.quantize.quantize import sampling_of
 from hcf.quantize.ranges import calibrate_scales
 from hcf.quantize.scales import LayerScale
 from hcf.quantize.sensitivity import error_of
 from hcf.quantize.sensitivity_choice import FLOATING, TRIED_MOVES
-from hcf.quantize.statistics import run_call
+from hcf.quantize.statistics import Statistics, run_call
 from hcf.settings import ExportConfig, QuantizeConfig, SensitivityConfig
 from hcf.trace import DenoiserCall
 
 Log = Callable[[str], None]
+# ways to choose the ranges of activations, the default one first; all are as fast
+RANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"algorithm": "mse"},
+    {"algorithm": "percentile", "percentile": 99.999},
+)
 INSTANCES = 2  # compiled engines of what is timed
 SOLVES_ALLOWED = 8  # passes over the held-out calls besides those of exchanges
 
 
 @dataclass(frozen=True)
 class Trial:
-    """scales: format -> layer -> scale. `outputs` are those of the held-out calls, in fp.
+    """scales: format -> layer -> scale, with `settings`; `default` are those of the default rules
+    without any, the base of comparison. `outputs` are those of the held-out calls, in fp.
 
     `graph` is the fp32 ONNX file (None for a target without one), `inputs` what it is timed with;
     `content` identifies weights and calls.
     """
 
     denoiser: nn.Module
+    settings: QuantizeConfig
     scales: dict[str, dict[str, LayerScale]]
+    default: dict[str, LayerScale]
     calls: list[DenoiserCall]
     held_out: list[DenoiserCall]
     outputs: list[Tensor]
@@ -74,6 +84,10 @@ class Trial:
     def true_error(self, formats: Mapping[str, str]) -> float:
         """Relative error on the held-out calls."""
         return error_of(self.denoiser, self.scales_of(formats), self.held_out, self.outputs)
+
+    def default_error(self) -> float:
+        """Relative error of the default rules on the held-out calls."""
+        return error_of(self.denoiser, self.default, self.held_out, self.outputs)
 
 
 @contextmanager
@@ -104,7 +118,8 @@ def open_trial(
         calls = calibration.calls(config.calls)
         held_out = calibration.calls(config.held_out_calls, besides=config.calls)
         with fitted(pipe, estimate, config.offload, log):
-            settings = quantize_config(config)
+            formats = choose_by_rules(denoiser, quantize_config(config), log).formats
+            settings, default = _best_ranges(denoiser, formats, statistics, calls, config, log)
             scales = {
                 str(format): calibrate_scales(
                     denoiser, dict.fromkeys(layers, format), statistics, settings, calls
@@ -124,8 +139,34 @@ def open_trial(
             content = f"{calibration.key} {config.component} {config.calls}"
             threads = config.threads or torch.get_num_threads()
             yield Trial(
-                denoiser, scales, calls, held_out, outputs, graph, inputs, threads, content
+                denoiser, settings, scales, default, calls, held_out, outputs, graph, inputs,
+                threads, content,
             )  # fmt: skip
+
+
+def _best_ranges(
+    denoiser: nn.Module,
+    formats: Mapping[str, str],
+    statistics: Statistics,
+    calls: Sequence[DenoiserCall],
+    config: SensitivityConfig,
+    log: Log,
+) -> tuple[QuantizeConfig, dict[str, LayerScale]]:
+    """How to choose activation ranges, by the error of the default `formats`: it costs no time.
+
+    Returns the settings and the scales of the default rules without them.
+    """
+    default = quantize_config(config)
+    with torch.no_grad():
+        outputs = [run_call(denoiser, call) for call in calls]
+    found: list[tuple[float, QuantizeConfig, dict[str, LayerScale]]] = []
+    for changes in RANGES:
+        settings = default.model_copy(update=changes)
+        scales = calibrate_scales(denoiser, formats, statistics, settings, calls)
+        error = error_of(denoiser, scales, calls, outputs)
+        log(f"sensitivity: default rules, ranges by {settings.algorithm}: error {error:.5f}")
+        found.append((error, settings, scales))
+    return min(found, key=lambda entry: entry[0])[1], found[0][2]
 
 
 def export_graph(pipe: Any, component: str, inputs: Mapping[str, Tensor], folder: Path) -> Path:
@@ -141,7 +182,8 @@ def quantize_config(config: SensitivityConfig) -> QuantizeConfig:
     shared = set(QuantizeConfig.model_fields) & set(SensitivityConfig.model_fields)
     # the same word, but here it counts the buckets that errors are reported in
     shared -= {"timestep_buckets"}
-    return QuantizeConfig(**{name: getattr(config, name) for name in shared})
+    given = {name: getattr(config, name) for name in shared}
+    return QuantizeConfig(format=config.formats[0], **given)
 
 
 def request_of(pipe: Any, model: Path, config: SensitivityConfig) -> CalibrationRequest:
@@ -168,20 +210,23 @@ def measure_costs(trial: Trial, config: SensitivityConfig, log: Log) -> dict[str
     import onnx
 
     weights = operations(trial.denoiser, layers, trial.calls[0])
+    graphs = {f: write_graph(trial, dict.fromkeys(layers, f), f"all-{f}") for f in formats}
+    precisions = {format: "fp32" if format == FLOATING else format for format in formats}
+    if config.target == "openvino":
+        times = openvino_times(graphs, precisions, trial.inputs, trial.threads, config.repeats)
+    else:
+        times = {
+            f: tensorrt_times(graphs[f], precisions[f], trial.inputs, config.repeats)
+            for f in formats
+        }
     found: dict[str, dict[str, float]] = {}
     for format in formats:
-        path = write_graph(trial, dict.fromkeys(layers, format), f"all-{format}")
-        precision = "fp32" if format == FLOATING else format
-        if config.target == "openvino":
-            times = openvino_times(path, precision, trial.inputs, trial.threads, config.repeats)
-        else:
-            times = tensorrt_times(path, precision, trial.inputs, config.repeats)
-        proto = onnx.load(str(path), load_external_data=False)
-        found[format], rest = attribute(proto, times, layers, weights)
-        check_attributed(found[format], rest, f"{config.target} {precision}")
+        proto = onnx.load(str(graphs[format]), load_external_data=False)
+        found[format], rest = attribute(proto, times[format], layers, weights)
+        check_attributed(found[format], rest, f"{config.target} {precisions[format]}")
         log(
-            f"sensitivity: all layers in {precision}: {sum(found[format].values()):.2f} ms in "
-            f"layers, {rest:.2f} ms in the rest"
+            f"sensitivity: all layers in {precisions[format]}: {sum(found[format].values()):.2f} "
+            f"ms in layers, {rest:.2f} ms in the rest"
         )
     return found
 
