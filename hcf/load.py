@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hcf.artifact import MANIFEST, EngineEntry, Manifest, default_sampling, read_manifest
-from hcf.engines import PRECISIONS, Engine, EngineReport, check_precision
+from hcf.engines import PRECISIONS, Engine, EngineReport, check_precision, cpu_flags
 from hcf.engines.forms import engine_version, entry_name, open_entry, open_torch, speed
 from hcf.errors import MissingDependency, RecipeError
 from hcf.export.component import (
@@ -166,11 +166,7 @@ def _accelerate_in_hand(
         )
     device = pipe.device.type
     engines = _measured(device, log) if engine == "auto" else (engine,)
-    precisions: tuple[Any, ...] = (precision,) if precision else FLOATING[device]
-    if formats is not None and formats.format not in precisions:
-        precisions = (*precisions, formats.format)
-    if "openvino" in engines and formats is not None and formats.format == "int8":
-        precisions = (*precisions, "int8-bf16")
+    precisions = _precisions(device, engines, precision, formats)
     build = parse(
         BuildConfig,
         {
@@ -182,7 +178,11 @@ def _accelerate_in_hand(
         },
         "hcf.accelerate",
     )
-    export = ExportConfig(components=list(chosen))
+    # engines of a GPU compute in the types of their graph; those of a CPU start from float32
+    graphs = {"fp32"} | ({"fp16", *precisions} & {"fp16", "bf16"} if device == "cuda" else set())
+    export = parse(
+        ExportConfig, {"components": chosen, "precisions": sorted(graphs)}, "hcf.accelerate"
+    )
     branch = None if caching is None else caching.branch
     request = Request(chosen, export, build, formats, branch)
     folder, manifest = engines_of(pipe, request, log)
@@ -386,6 +386,24 @@ def _measured(device: str, log: Log) -> tuple[EngineName, ...]:
             continue
         found.append(engine)
     return tuple(found)
+
+
+def _precisions(
+    device: str,
+    engines: Sequence[str],
+    precision: str | None,
+    formats: QuantizeConfig | None,
+) -> tuple[str, ...]:
+    """What to build: the precision named, or those that these engines and this machine have."""
+    if precision is not None:
+        return (precision,)
+    bf16 = device != "cpu" or bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+    wanted: list[str] = [p for p in FLOATING[device] if p != "bf16" or bf16]
+    if formats is not None:
+        wanted.append(formats.format)
+        if formats.format == "int8" and "openvino" in engines and bf16:
+            wanted.append("int8-bf16")
+    return tuple(p for p in wanted if any(p in PRECISIONS[engine] for engine in engines))
 
 
 def _quantize_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,20 @@ def test_auto_takes_what_was_fastest_and_says_why(tiny_pipeline: Any, home: Path
     assert {e.engine for e in entries} >= {"eager", "onnxruntime", "openvino"}
     assert all(entry.reason for entry in entries)
     assert sum(e.reason.startswith("chosen") for e in entries) == 1
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_named_engine_needs_no_precision(
+    tiny_pipeline: Any, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a processor without bf16, which neither engine then is asked for."""
+    # hcf.load is a function, and a module of the same name
+    monkeypatch.setattr(sys.modules["hcf.load"], "cpu_flags", lambda: {"avx2"})
+    wanted = latents_of(tiny_pipeline)
+    accelerate(tiny_pipeline, engine=engine, components=["unet"])
+    (report,) = tiny_pipeline.hcf_report
+    assert (report.engine, report.precision) == (engine, "fp32")
+    assert relative_error(latents_of(tiny_pipeline), wanted) < 1e-4
 
 
 def test_int8_in_hand(tiny_pipeline: Any) -> None:
