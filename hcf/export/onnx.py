@@ -16,12 +16,13 @@ from __future__ import annotations
 import gc
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hcf.artifact import clone_artifact, staged_folder, write_manifest
 from hcf.errors import HcfError, RecipeError
@@ -60,6 +61,15 @@ from hcf.export.parity import (
 from hcf.export.precision import Lowering, lower, matching, raise_opset
 from hcf.export.quantized import export_quantized, export_quantized_step, is_quantized
 from hcf.export.simplify import PassRecord, simplify
+from hcf.quantize.estimate import (
+    Estimate,
+    Probe,
+    component_bytes,
+    estimate_export,
+    fitted,
+    peak_memory,
+    require_disk,
+)
 from hcf.recipe import ExportConfig
 from hcf.source import open_pipeline
 from hcf.trace import own_size
@@ -157,10 +167,55 @@ def parity_cases(pipe: Any, component: str, config: ExportConfig) -> list[Case]:
 def _export_all(
     pipe: Any, component: str, folder: Path, config: ExportConfig, log: Log
 ) -> list[Record]:
-    path = folder / component / FP32_GRAPH
     cases = parity_cases(pipe, component, config)
     module = component_module(pipe, component, list(cases[0]))
-    wanted = torch_outputs(module, cases)
+    started = time.perf_counter()
+    with peak_memory() as memory:
+        wanted = torch_outputs(module, cases)
+    step_s = (time.perf_counter() - started) / len(cases)
+    estimate = _estimate(pipe, component, config, step_s, *memory)
+    require_disk(estimate, folder)
+    with fitted(pipe, estimate, "auto", log):
+        return _write_all(pipe, component, folder, config, module, cases, wanted, log)
+
+
+def _estimate(
+    pipe: Any, component: str, config: ExportConfig, step_s: float, peak: int, before: int
+) -> Estimate:
+    """What the graphs of `component` will take, from what its forwards in torch took."""
+    owner = _owner(component)
+    module: nn.Module = getattr(pipe, owner)
+    found = Probe(
+        batch=1,
+        component=owner,
+        weights=component_bytes(pipe),
+        setup_s=0.0,
+        step_s=step_s,
+        calls=1,
+        activations=peak - before,
+        resident=before,
+        call_bytes=0,
+        shared_bytes=0,
+        largest=max(parameter.nbytes for parameter in module.parameters()),
+    )
+    layers = sum(isinstance(m, nn.Linear | nn.Conv2d) for m in module.modules())
+    low = [2.0 for precision in config.precisions if precision != "fp32"]
+    estimate = estimate_export(found, layers, owner, (4.0, *low))
+    return replace(estimate, stage=f"export of {component}")
+
+
+def _write_all(
+    pipe: Any,
+    component: str,
+    folder: Path,
+    config: ExportConfig,
+    module: nn.Module,
+    cases: Sequence[Case],
+    wanted: Sequence[tuple[Tensor, ...]],
+    log: Log,
+) -> list[Record]:
+    """Writes every graph of `component` and compares each with torch's `wanted`."""
+    path = folder / component / FP32_GRAPH
     low = [name for name in dict.fromkeys(config.precisions) if name != "fp32"]
     if "fp16" in low and _upcasts(pipe, component, config):
         low.remove("fp16")
@@ -266,10 +321,16 @@ def _small_sizes(pipe: Any) -> list[tuple[int, int]]:
     return [(height, max(height + unit, own * 3 // 4 // unit * unit))]
 
 
+def _owner(component: str) -> str:
+    """Name in the pipeline of what holds the component's weights."""
+    if CACHED.fullmatch(component):
+        return "unet"
+    return "vae" if component in (VAE_DECODER, VAE_ENCODER) else component
+
+
 def _check_islands(pipe: Any, components: Sequence[str], config: ExportConfig) -> None:
     """RecipeError for a pattern that no module of these components fits."""
-    halves = {VAE_DECODER: "vae", VAE_ENCODER: "vae"}
-    owners = {halves.get(c, "unet" if CACHED.fullmatch(c) else c) for c in components}
+    owners = {_owner(component) for component in components}
     names = [f"{c}.{name}" for c in owners for name, _ in getattr(pipe, c).named_modules()]
     for pattern in config.islands:
         if matching(names, [pattern]) is None:
