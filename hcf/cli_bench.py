@@ -272,6 +272,7 @@ def command_line() -> str:
 
 
 def _config(recipe: Path | None, set: list[str] | None, **options: Any) -> Any:
-    from hcf.recipe import BenchConfig, stage_config
+    from hcf.recipe import stage_config
+    from hcf.settings import BenchConfig
 
     return stage_config(BenchConfig, "bench", recipe, set or (), **options)

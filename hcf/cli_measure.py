@@ -40,8 +40,9 @@ def check(
 ) -> None:
     """Compare quality on fixed seeds; exit code 3 when a threshold of the recipe is missed."""
     from hcf.artifact import save_text
-    from hcf.recipe import CheckConfig, stage_config
+    from hcf.recipe import stage_config
     from hcf.run_stages import check_artifacts
+    from hcf.settings import CheckConfig
 
     options = {"images": images, "threads": threads, "seed": seed}
     config = stage_config(CheckConfig, "check", recipe, set or (), **options)

@@ -37,7 +37,8 @@ def distill(
     format: FormatOption = Format.human,
 ) -> None:
     """Distil a guided many-step teacher into a few-step student."""
-    from hcf.recipe import DistillConfig, stage_config
+    from hcf.recipe import stage_config
+    from hcf.settings import DistillConfig
 
     options = {
         "steps": steps,
@@ -70,7 +71,8 @@ def quantize(
     format: FormatOption = Format.human,
 ) -> None:
     """Quantise the denoiser, calibrated on its own trajectories."""
-    from hcf.recipe import QuantizeConfig, stage_config
+    from hcf.recipe import stage_config
+    from hcf.settings import QuantizeConfig
 
     options = {
         "format": to,
@@ -107,7 +109,8 @@ def sensitivity(
     format: FormatOption = Format.human,
 ) -> None:
     """Measure what each layer costs and loses, choose, and write the rules as a recipe."""
-    from hcf.recipe import SensitivityConfig, stage_config
+    from hcf.recipe import stage_config
+    from hcf.settings import SensitivityConfig
 
     options = {
         "formats": to,
@@ -136,7 +139,8 @@ def export(
     format: FormatOption = Format.human,
 ) -> None:
     """Export the components to ONNX, with explicit Q/DQ where they are quantised."""
-    from hcf.recipe import ExportConfig, stage_config
+    from hcf.recipe import stage_config
+    from hcf.settings import ExportConfig
 
     config = stage_config(ExportConfig, "export", recipe, set or (), opset=opset)
     if dry_run:
@@ -178,7 +182,8 @@ def build(
     format: FormatOption = Format.human,
 ) -> None:
     """Build every engine this machine can run, time them, and choose the fastest."""
-    from hcf.recipe import BuildConfig, stage_config
+    from hcf.recipe import stage_config
+    from hcf.settings import BuildConfig
 
     options = {
         "engines": engine,

@@ -50,7 +50,7 @@ from hcf.source_file import open_single_file, tokenizer_folder
 if TYPE_CHECKING:
     from hcf.engines import EngineReport
     from hcf.feature_cache import FeatureCacheConfig
-    from hcf.recipe import QuantizeConfig
+    from hcf.settings import QuantizeConfig
 
 CHOOSING = (
     "DiffusionPipeline",

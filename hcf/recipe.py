@@ -24,28 +24,18 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from hcf.errors import RecipeError
-from hcf.settings import BenchConfig as BenchConfig
-from hcf.settings import BuildConfig as BuildConfig
-from hcf.settings import CheckConfig as CheckConfig
-from hcf.settings import Config as Config
-from hcf.settings import DistillConfig as DistillConfig
-from hcf.settings import EngineName as EngineName
-from hcf.settings import ExcludeRule as ExcludeRule
-from hcf.settings import ExportConfig as ExportConfig
-from hcf.settings import FeatureCacheConfig as FeatureCacheConfig
-from hcf.settings import Format as Format
-from hcf.settings import GraphPass as GraphPass
-from hcf.settings import GraphPrecision as GraphPrecision
-from hcf.settings import LayerFormat as LayerFormat
-from hcf.settings import LayerRule as LayerRule
-from hcf.settings import Offload as Offload
-from hcf.settings import Precision as Precision
-from hcf.settings import QatConfig as QatConfig
-from hcf.settings import QuantizeConfig as QuantizeConfig
-from hcf.settings import ReportConfig as ReportConfig
-from hcf.settings import SensitivityConfig as SensitivityConfig
-from hcf.settings import ShapeProfile as ShapeProfile
-from hcf.settings import Threshold as Threshold
+from hcf.settings import (
+    BenchConfig,
+    BuildConfig,
+    CheckConfig,
+    Config,
+    DistillConfig,
+    ExportConfig,
+    FeatureCacheConfig,
+    QuantizeConfig,
+    ReportConfig,
+    SensitivityConfig,
+)
 
 STAGES = (
     "distill",

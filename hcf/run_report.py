@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hcf.artifact import Manifest
-from hcf.recipe import ReportConfig
 from hcf.report.card import model_card, write_card
 from hcf.report.grid import save_grid
 from hcf.report.page import (
@@ -31,6 +30,7 @@ from hcf.report.page import (
 from hcf.report.table import Rung, ratio
 from hcf.run import DONE, LADDER, VERDICT
 from hcf.run_stages import DATA, DENOISER, END_TO_END, STUDENT, manifest_of
+from hcf.settings import ReportConfig
 
 if TYPE_CHECKING:
     from hcf.quality.gate import Verdict

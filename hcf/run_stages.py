@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hcf.artifact import MANIFEST, Manifest, Sampling, default_sampling, read_manifest, save_text
-from hcf.recipe import (
+from hcf.recipe import stage_config
+from hcf.run import ARTIFACT, VERDICT, Inputs, Log, Stage
+from hcf.settings import (
     BenchConfig,
     BuildConfig,
     CheckConfig,
@@ -22,9 +24,7 @@ from hcf.recipe import (
     QuantizeConfig,
     ReportConfig,
     SensitivityConfig,
-    stage_config,
 )
-from hcf.run import ARTIFACT, VERDICT, Inputs, Log, Stage
 
 if TYPE_CHECKING:
     from hcf.quality.gate import Verdict

@@ -84,7 +84,28 @@ class QatConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
-class QuantizeConfig(Config):
+class CalibratedConfig(Config):
+    """What is measured on a model's own trajectories, and which those are.
+
+    `calibration_prompts` is a list or a JSON file with one; without it the model's own captions,
+    else the built-in bilingual ones. Steps and guidance are the artefact's unless given, height and
+    width (pixels) the model's own; `offload` is where weights wait that do not fit into memory.
+    """
+
+    component: Literal["unet", "transformer"] = "unet"
+    calibration_prompts: list[str] | Path = []
+    calibration_samples: int = Field(64, gt=0)
+    calibration_calls: int = Field(64, gt=0)
+    calibration_steps: int | None = Field(None, gt=0)
+    calibration_guidance: float | None = Field(None, ge=0)
+    batch_size: int = Field(8, gt=0)
+    height: int | None = Field(None, gt=0)
+    width: int | None = Field(None, gt=0)
+    offload: Offload = "auto"
+    seed: int = 0
+
+
+class QuantizeConfig(CalibratedConfig):
     """Quantisation of one component, layer by layer, from the model's own trajectories.
 
     Layers take `format` unless a rule says otherwise: the preset's rules first, then `exclude`,
@@ -96,13 +117,8 @@ class QuantizeConfig(Config):
     number of inputs that share a 4-bit scale. `timestep_buckets` > 0 gives layers whose range
     moves by more than `bucket_ratio` over the trajectory one range a bucket of timesteps.
     `weight_granularity` is for fp8. `attention` quantises the attention products too.
-
-    `calibration_prompts` is a list or a JSON file with one; without it the model's own captions,
-    else the built-in bilingual ones. Steps and guidance are the artefact's unless given, height and
-    width (pixels) the model's own; `offload` is where weights wait that do not fit into memory.
     """
 
-    component: Literal["unet", "transformer"] = "unet"
     format: Format = "int8"
     preset: str = "auto"
     algorithm: Literal["max", "percentile", "mse"] = "max"
@@ -116,18 +132,8 @@ class QuantizeConfig(Config):
     bucket_ratio: float = Field(2.0, gt=1)
     attention: bool = False
     qat: QatConfig = QatConfig()
-    calibration_prompts: list[str] | Path = []
-    calibration_samples: int = Field(64, gt=0)
-    calibration_calls: int = Field(64, gt=0)
-    calibration_steps: int | None = Field(None, gt=0)
-    calibration_guidance: float | None = Field(None, ge=0)
-    batch_size: int = Field(8, gt=0)
-    height: int | None = Field(None, gt=0)
-    width: int | None = Field(None, gt=0)
-    offload: Offload = "auto"
     exclude: list[ExcludeRule] = []
     rules: list[LayerRule] = []
-    seed: int = 0
 
 
 class FeatureCacheConfig(Config):
@@ -145,7 +151,7 @@ class FeatureCacheConfig(Config):
     power: float = Field(1.4, gt=1)
 
 
-class SensitivityConfig(Config):
+class SensitivityConfig(CalibratedConfig):
     """Which layers to quantise to what: error and cost of each, then an integer program.
 
     At most one target: `latency_ratio` (the least error at this share of the latency of the default
@@ -155,20 +161,11 @@ class SensitivityConfig(Config):
     the engine whose times per layer are the cost; "macs" is a model of operations and bytes.
     """
 
-    component: Literal["unet", "transformer"] = "unet"
     formats: list[Format] = ["int8"]
     latency_ratio: float | None = Field(None, gt=0)
     max_error: float | None = Field(None, gt=0)
     mode: Literal["output", "layer"] = "output"
     target: Literal["openvino", "tensorrt", "macs"] = "openvino"
-    calibration_prompts: list[str] | Path = []
-    calibration_samples: int = Field(64, gt=0)
-    calibration_calls: int = Field(64, gt=0)
-    calibration_steps: int | None = Field(None, gt=0)
-    calibration_guidance: float | None = Field(None, ge=0)
-    batch_size: int = Field(8, gt=0)
-    height: int | None = Field(None, gt=0)
-    width: int | None = Field(None, gt=0)
     calls: int = Field(8, gt=0)
     held_out_calls: int = Field(8, gt=0)
     timestep_buckets: int = Field(4, gt=0)
@@ -176,8 +173,6 @@ class SensitivityConfig(Config):
     batch: int = Field(1, gt=0)
     repeats: int = Field(20, gt=0)
     threads: int | None = Field(None, gt=0)
-    offload: Offload = "auto"
-    seed: int = 0
 
     @model_validator(mode="after")
     def _one_target(self) -> SensitivityConfig:

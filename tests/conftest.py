@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor
+
+from hcf.trace import DenoiserCall
 
 UNET = {
     "sample_size": 8,
@@ -138,7 +142,7 @@ def tiny_quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`make_tiny_pipeline` as an artefact sampled in 4 steps, its U-Net calibrated to INT8."""
     from hcf.artifact import Sampling, clone_artifact, write_manifest
     from hcf.quantize.quantize import quantize
-    from hcf.recipe import QuantizeConfig
+    from hcf.settings import QuantizeConfig
 
     root = tmp_path_factory.mktemp("tiny")
     make_tiny_pipeline().save_pretrained(root / "plain")
@@ -153,7 +157,7 @@ def tiny_quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_exported(tiny_quantized: Path) -> Path:
     """`tiny_quantized` with its ONNX graphs: fp32 and both INT8 forms."""
     from hcf.export.onnx import export
-    from hcf.recipe import ExportConfig
+    from hcf.settings import ExportConfig
 
     output = tiny_quantized.with_name("exported")
     return export(tiny_quantized, output, ExportConfig(), lambda line: None)
@@ -163,7 +167,7 @@ def tiny_exported(tiny_quantized: Path) -> Path:
 def tiny_built(tiny_exported: Path) -> Path:
     """`tiny_exported` with the eager, ONNX Runtime and OpenVINO engines in every precision."""
     from hcf.engines.build import build
-    from hcf.recipe import BuildConfig
+    from hcf.settings import BuildConfig
 
     config = BuildConfig(threads=1, repeats=3)
     return build(tiny_exported, tiny_exported.with_name("built"), config, lambda line: None)
@@ -283,7 +287,7 @@ def drop_in_artifacts(drop_in: Any, tmp_path_factory: pytest.TempPathFactory) ->
     from hcf.engines.build import build
     from hcf.export.component import components_of
     from hcf.export.onnx import export
-    from hcf.recipe import BuildConfig, ExportConfig
+    from hcf.settings import BuildConfig, ExportConfig
 
     root = tmp_path_factory.mktemp("drop-in-artifacts")
 
@@ -377,3 +381,66 @@ def draw() -> Any:
         )
 
     return run
+
+
+# added conditioning of `make_tiny_xl_pipeline`, two rows
+XL = {"text_embeds": torch.full((2, 32), 0.3), "time_ids": torch.ones(2, 6)}
+
+
+def unet_inputs(
+    height: int = 8, width: int = 8, batch: int = 2, timestep: float = 501.0
+) -> list[Tensor]:
+    """sample (B, 4, H, W), timestep (B,), text (B, 16, 32) for the tiny U-Nets"""
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(batch, 4, height, width, generator=generator)
+    text = torch.randn(batch, 16, 32, generator=generator)
+    return [sample, torch.full((batch,), timestep), text]
+
+
+@pytest.fixture(scope="session")
+def mini_vae() -> Any:
+    folder = Path(__file__).parents[1] / "models/weights/taiji-sd-mini/vae"
+    return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_images(engine: str, found: Tensor, wanted: Tensor) -> None:
+    """Equal in eager, to rounding on an engine."""
+    from hcf.export.component import relative_error
+
+    assert found.shape == wanted.shape
+    if engine == "eager":
+        assert torch.equal(found, wanted)
+    elif wanted.max() > 8:  # 8 bits: rounding may go either way
+        assert (found - wanted).abs().max() <= 1
+    else:
+        assert relative_error(found, wanted) < 1e-3
+
+
+def unit_calls(*timesteps: int) -> list[DenoiserCall]:
+    """Calls of the tiny U-Net with latents of unit variance: the trajectory of random weights would
+    run away."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        DenoiserCall(
+            torch.randn(2, 4, 8, 8, generator=generator),
+            torch.full((2,), timestep),
+            {"encoder_hidden_states": torch.randn(2, 7, 32, generator=generator)},
+        )
+        for timestep in timesteps
+    ]
+
+
+def tiny_vq(**changes: Any) -> Any:
+    config: dict[str, Any] = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "num_vq_embeddings": 32,
+    }
+    return VQModel(**config | changes).eval()

@@ -15,7 +15,7 @@ from hcf.export.attention import find_attention
 from hcf.export.graphs import graph_name
 from hcf.export.onnx import export
 from hcf.quantize.quantize import quantize
-from hcf.recipe import BuildConfig, ExportConfig, QuantizeConfig
+from hcf.settings import BuildConfig, ExportConfig, QuantizeConfig
 
 SETTINGS = {"calibration_prompts": ["red cat", "blue dog"], "calibration_samples": 2}
 

@@ -33,7 +33,7 @@ from hcf.engines.selection import ERROR_LIMITS, choose
 from hcf.errors import EngineMismatch, HcfError, InvalidArtifact, MissingDependency, RecipeError
 from hcf.export.component import components_of, example_inputs, relative_error
 from hcf.quantize.scales import read_scales
-from hcf.recipe import BuildConfig, ShapeProfile
+from hcf.settings import BuildConfig, ShapeProfile
 from hcf.source import open_pipeline
 
 ALL = (

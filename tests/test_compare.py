@@ -12,7 +12,7 @@ import torch
 
 from hcf.artifact import Manifest, Sampling, write_manifest
 from hcf.errors import InvalidArtifact, StorageError
-from hcf.recipe import BenchConfig
+from hcf.settings import BenchConfig
 from hcf.trace import record_calls
 from hcf_bench.compare import (
     compare_artifacts,

@@ -16,7 +16,7 @@ from hcf.distill.consistency import (
     solver_schedule,
 )
 from hcf.errors import InvalidArtifact, RecipeError
-from hcf.recipe import DistillConfig
+from hcf.settings import DistillConfig
 from taiji.presets import MINI_SCHEDULER
 
 

@@ -22,7 +22,7 @@ from hcf.errors import (
     RecipeError,
 )
 from hcf.export.component import example_inputs, relative_error
-from hcf.recipe import BuildConfig
+from hcf.settings import BuildConfig
 from hcf.source import open_pipeline
 
 LIMITS = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.15}

@@ -31,7 +31,7 @@ from hcf.export.onnx import (
     parity_cases,
 )
 from hcf.export.parity import compare, graph_session, torch_outputs
-from hcf.recipe import ExportConfig
+from hcf.settings import ExportConfig
 from hcf.source import open_pipeline
 
 

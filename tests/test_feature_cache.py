@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from conftest import UNET, make_tiny_pipeline
+from conftest import UNET, XL, make_tiny_pipeline, unet_inputs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hcf.engines import EngineReport
 from hcf.errors import HcfError, RecipeError
 from hcf.feature_cache import (
-    CachedDenoiser,
     FeatureCacheConfig,
-    FullStep,
-    ShallowStep,
     attach,
     cache_of,
     detach,
@@ -46,16 +41,6 @@ SCHEDULERS = (
     "KDPM2DiscreteScheduler",
     "DPMSolverSinglestepScheduler",
 )
-XL = {"text_embeds": torch.full((2, 32), 0.3), "time_ids": torch.ones(2, 6)}
-
-
-def inputs(
-    height: int = 8, width: int = 8, batch: int = 2, timestep: float = 501.0
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    sample = torch.randn(batch, 4, height, width, generator=generator)
-    text = torch.randn(batch, 16, 32, generator=generator)
-    return [sample, torch.full((batch,), timestep), text]
 
 
 def sample_images(pipe: Any, steps: int, guidance_scale: float = 2.0, **arguments: Any) -> Tensor:
@@ -94,7 +79,7 @@ def test_uniform_and_power_schedules_have_as_many_full_steps() -> None:
 def test_a_shallow_step_at_its_own_inputs_is_the_full_one(
     size: tuple[int, int], tiny_pipeline: Any
 ) -> None:
-    unet, given = tiny_pipeline.unet, inputs(*size)
+    unet, given = tiny_pipeline.unet, unet_inputs(*size)
     with torch.no_grad():
         wanted = unet(*given).sample
         for branch in range(4):
@@ -102,12 +87,14 @@ def test_a_shallow_step_at_its_own_inputs_is_the_full_one(
             assert torch.equal(out, wanted)
             again, same = run_unet(unet, *given, branch=branch, features=features)
             assert torch.equal(again, wanted) and same is features
-            later = run_unet(unet, *inputs(*size, timestep=461), branch=branch, features=features)
-            assert not torch.equal(later[0], unet(*inputs(*size, timestep=461)).sample)
+            later = run_unet(
+                unet, *unet_inputs(*size, timestep=461), branch=branch, features=features
+            )
+            assert not torch.equal(later[0], unet(*unet_inputs(*size, timestep=461)).sample)
 
 
 def test_xl_residuals_masks_and_labels_are_the_unets_own(tiny_xl_pipeline: Any) -> None:
-    unet, given = tiny_xl_pipeline.unet, inputs()
+    unet, given = tiny_xl_pipeline.unet, unet_inputs()
     shapes = [(16, 8), (16, 8), (16, 4), (32, 4)]
     generator = torch.Generator().manual_seed(3)
     extra = {
@@ -259,7 +246,7 @@ def test_controlnet_residuals_reach_shallow_steps(tiny_pipeline: Any) -> None:
 def test_calls_of_one_step_keep_to_themselves(tiny_pipeline: Any) -> None:
     """Guidance in two calls a step, and a batch that shrinks on the way."""
     unet = tiny_pipeline.unet
-    sample, _, text = inputs()
+    sample, _, text = unet_inputs()
     other = text.flip(0) * 2
     cache = attach(unet, FeatureCacheConfig(interval=2))
     with torch.no_grad():
@@ -298,7 +285,7 @@ def test_operations_are_saved_as_reported(tiny_pipeline: Any) -> None:
     flops = []
     for cached in (False, True):
         cache = install(tiny_pipeline, config) if cached else None
-        unet, given = tiny_pipeline.unet, inputs()
+        unet, given = tiny_pipeline.unet, unet_inputs()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             for step in range(9):
                 unet(given[0], 981 - 100 * step, given[2])
@@ -395,7 +382,7 @@ def test_what_is_put_in_front_has_to_go_first(tiny_pipeline: Any) -> None:
 
 
 def test_calls_that_cannot_be_right_are_refused(tiny_pipeline: Any) -> None:
-    unet, given = tiny_pipeline.unet, inputs()
+    unet, given = tiny_pipeline.unet, unet_inputs()
     attach(unet, FeatureCacheConfig(branch=1))
     residual = [torch.zeros(2, 32, 4, 4)]
     with torch.no_grad():
@@ -424,7 +411,7 @@ def test_calls_that_cannot_be_right_are_refused(tiny_pipeline: Any) -> None:
 def test_copies_and_adapters_run_their_own_layers(tiny_pipeline: Any) -> None:
     from peft import LoraConfig
 
-    unet, given = tiny_pipeline.unet, inputs()
+    unet, given = tiny_pipeline.unet, unet_inputs()
     install(tiny_pipeline, FeatureCacheConfig(interval=2))
     copies = copy.deepcopy(unet), copy.deepcopy(tiny_pipeline.scheduler)
     unet.add_adapter(
@@ -478,7 +465,7 @@ def test_compiling_comes_after(tiny_pipeline: Any) -> None:
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
-    unet, given = tiny_pipeline.unet, inputs()
+    unet, given = tiny_pipeline.unet, unet_inputs()
     attach(unet, FeatureCacheConfig(interval=2))
     counter = CompileCounter()
     compiled = torch.compile(unet, backend=counter)
@@ -501,122 +488,6 @@ def test_compiling_comes_after(tiny_pipeline: Any) -> None:
         with pytest.raises(HcfError, match="something is in front"):
             attach(unet, FeatureCacheConfig())
     torch._dynamo.reset()
-
-
-class Runner:
-    """An ONNX file as an engine."""
-
-    def __init__(self, path: Path, outputs: tuple[str, ...]) -> None:
-        import onnxruntime
-
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        self.outputs = outputs
-        self.calls = 0
-        self.report = EngineReport("onnxruntime", "", "unet", "cpu", "CPU", "fp32")
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self.calls += 1
-        names = [entry.name for entry in self.session.get_inputs()]
-        found = self.session.run(None, {name: inputs[name].numpy() for name in names})
-        return dict(zip(self.outputs, map(torch.from_numpy, found), strict=True))
-
-
-def test_both_steps_become_graphs_and_engines_alternate(
-    tiny_xl_pipeline: Any, tmp_path: Path
-) -> None:
-    import ast
-
-    import onnx
-
-    unet, given = tiny_xl_pipeline.unet, inputs()
-    names = ("encoder_hidden_states", "text_embeds", "time_ids")
-    full, shallow = FullStep(unet, 2, names).eval(), ShallowStep(unet, 2, names).eval()
-    flat = (given[2], XL["text_embeds"], XL["time_ids"])
-    batch, text = {0: "batch"}, {0: "batch", 1: "text_length"}
-    picture = {0: "batch", 2: "height", 3: "width"}
-    # half the sample's here: names of their own, or a runtime takes them to be equal
-    halved = {0: "batch", 2: "features_height", 3: "features_width"}
-    conditioning = (text, batch, batch)
-    with torch.no_grad():
-        wanted, features = full(given[0], given[1], *flat)
-        assert torch.equal(shallow(given[0], given[1], features, *flat), wanted)
-        for module, arguments, shapes, inputs_, outputs in (
-            (full, (given[0], given[1], *flat), (picture, batch, conditioning),
-             ["sample", "timestep", *names], ["out_sample", "features"]),
-            (shallow, (given[0], given[1], features, *flat),
-             (picture, batch, halved, conditioning),
-             ["sample", "timestep", "features", *names], ["out_sample"]),
-        ):  # fmt: skip
-            program = torch.onnx.export(
-                module, arguments, dynamo=True, opset_version=20, input_names=inputs_,
-                output_names=outputs, dynamic_shapes=shapes, verbose=False,
-            )  # fmt: skip
-            assert program is not None
-            program.save(str(tmp_path / f"{len(outputs)}.onnx"))
-    engines = [
-        Runner(tmp_path / "2.onnx", ("out_sample", "features")),
-        Runner(tmp_path / "1.onnx", ("out_sample",)),
-    ]
-    config = FeatureCacheConfig(interval=2, branch=2)
-    cached = CachedDenoiser(engines[0], engines[1], config)
-    cache = attach(unet, config)
-    with torch.no_grad():
-        for height, width, step in ((8, 8, 501), (8, 8, 461), (8, 8, 421), (12, 10, 381)):
-            sample, timestep, states = inputs(height, width, 2, float(step))
-            found = cached({"sample": sample, "timestep": timestep,
-                            "encoder_hidden_states": states, **XL})  # fmt: skip
-            wanted = unet(sample, timestep, states, added_cond_kwargs=XL).sample
-            assert set(found) == {"out_sample"}
-            assert torch.allclose(found["out_sample"], wanted, atol=1e-4)
-    assert (engines[0].calls, engines[1].calls) == (3, 1)
-    assert cache.memory.full_calls == 3
-    # layers are found by their own names, as in the one graph
-    nodes = onnx.load(str(tmp_path / "1.onnx")).graph.node
-    scopes = [
-        ast.literal_eval(entry.value)
-        for node in nodes
-        if node.op_type == "Conv"
-        for entry in node.metadata_props
-        if entry.key == "pkg.torch.onnx.name_scopes"
-    ]
-    found_names = {scope for chain in scopes for scope in chain}
-    assert {"unet.conv_in", "unet.up_blocks.1.resnets.0.conv1", "unet.conv_out"} <= found_names
-    assert not any("mid_block" in name for name in found_names)
-
-
-def test_engines_start_afresh_with_the_scheduler(tiny_pipeline: Any) -> None:
-    class Module:
-        def __init__(self, module: Any, outputs: tuple[str, ...]) -> None:
-            self.module, self.outputs, self.calls = module, outputs, 0
-            self.report = EngineReport("eager", "", "unet", "cpu", "CPU", "fp32")
-
-        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            self.calls += 1
-            names = ("sample", "timestep", "features", "encoder_hidden_states")
-            found = self.module(*(inputs[name] for name in names if name in inputs))
-            found = found if isinstance(found, tuple) else (found,)
-            return dict(zip(self.outputs, found, strict=True))
-
-    unet = tiny_pipeline.unet
-    full = Module(FullStep(unet), ("out_sample", "features"))
-    shallow = Module(ShallowStep(unet), ("out_sample",))
-    cached = CachedDenoiser(full, shallow, FeatureCacheConfig(interval=4, schedule="power"))
-    cached.follow(tiny_pipeline)
-    assert cached.report.engine == "eager"
-    sample, _, text = inputs()
-    for _ in range(2):
-        tiny_pipeline.scheduler.set_timesteps(8)
-        for timestep in tiny_pipeline.scheduler.timesteps:
-            cached({"sample": sample, "timestep": timestep.float().expand(2),
-                    "encoder_hidden_states": text})  # fmt: skip
-    assert (full.calls, shallow.calls) == (4, 12)
-    cached.follower.release()
-    assert "set_timesteps" not in vars(tiny_pipeline.scheduler)
-    plain = Module(unet, ("sample",))
-    with pytest.raises(HcfError, match="no features"):
-        CachedDenoiser(plain, shallow, FeatureCacheConfig())(
-            {"sample": sample, "timestep": torch.ones(2), "encoder_hidden_states": text}
-        )
 
 
 def test_the_shipped_model_keeps_its_pictures() -> None:

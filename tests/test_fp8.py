@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import unit_calls
 
 from hcf.export.component import relative_error
 from hcf.quantize.formats import codes, fake_quantize
@@ -14,21 +15,13 @@ from hcf.quantize.quantize import choose_layers
 from hcf.quantize.ranges import calibrate_scales
 from hcf.quantize.report import fake_quantized, layer_errors
 from hcf.quantize.statistics import collect_statistics
-from hcf.recipe import QuantizeConfig
+from hcf.settings import QuantizeConfig
 from hcf.trace import DenoiserCall, call_denoiser
 
 
 @pytest.fixture
 def calls() -> list[DenoiserCall]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        DenoiserCall(
-            torch.randn(2, 4, 8, 8, generator=generator),
-            torch.full((2,), timestep),
-            {"encoder_hidden_states": torch.randn(2, 7, 32, generator=generator)},
-        )
-        for timestep in (999, 333)
-    ]
+    return unit_calls(999, 333)
 
 
 def test_the_grid_is_that_of_e4m3() -> None:

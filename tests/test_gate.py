@@ -21,7 +21,7 @@ from hcf.quality.gate import (
 )
 from hcf.quality.rules import rule_accuracy
 from hcf.quality.sampling import Prompt, choose_prompts, generate_images, load_prompts
-from hcf.recipe import CheckConfig, Threshold
+from hcf.settings import CheckConfig, Threshold
 from taiji.data import shapes
 from taiji.data.shapes import Group, Scene, render
 

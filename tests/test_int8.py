@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import unit_calls
 
 from hcf.artifact import read_manifest, verify
 from hcf.errors import HcfError, InvalidArtifact, RecipeError
@@ -22,22 +23,13 @@ from hcf.quantize.report import fake_quantized, layer_errors
 from hcf.quantize.report import relative_error as denoiser_error
 from hcf.quantize.scales import REPORT_FILE, SCALES_FILE, LayerScale, read_scales, write_scales
 from hcf.quantize.statistics import collect_statistics
-from hcf.recipe import ExcludeRule, QuantizeConfig
+from hcf.settings import ExcludeRule, QuantizeConfig
 from hcf.trace import DenoiserCall, call_denoiser
 
 
 @pytest.fixture
 def calls() -> list[DenoiserCall]:
-    """Latents of unit variance: the trajectory of random weights would run away."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        DenoiserCall(
-            torch.randn(2, 4, 8, 8, generator=generator),
-            torch.full((2,), timestep),
-            {"encoder_hidden_states": torch.randn(2, 7, 32, generator=generator)},
-        )
-        for timestep in (999, 666, 333)
-    ]
+    return unit_calls(999, 666, 333)
 
 
 def int8_scales(

@@ -16,8 +16,8 @@ from hcf.errors import EngineMismatch, HcfError, RecipeError
 from hcf.export.component import cached_components, example_inputs, relative_error
 from hcf.export.onnx import export
 from hcf.load import accelerate, load, pick_entry
-from hcf.recipe import BuildConfig, ExportConfig, FeatureCacheConfig
 from hcf.routing import routes_of
+from hcf.settings import BuildConfig, ExportConfig, FeatureCacheConfig
 from hcf.trace import record_calls
 
 

@@ -16,7 +16,7 @@ from hcf.quantize.ranges import layer_scale
 from hcf.quantize.scales import LayerScale
 from hcf.quantize.simulate import SimulatedLayer
 from hcf.quantize.statistics import LayerStatistics
-from hcf.recipe import QuantizeConfig
+from hcf.settings import QuantizeConfig
 
 EDGES = torch.tensor([0.0, 1.0], dtype=torch.float64)
 

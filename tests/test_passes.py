@@ -25,7 +25,7 @@ from hcf.quantize.ranges import calibrate_scales, layer_scale
 from hcf.quantize.report import fake_quantized, quantisable
 from hcf.quantize.scales import LayerScale
 from hcf.quantize.statistics import LayerStatistics, Statistics, collect_statistics
-from hcf.recipe import ExportConfig, QuantizeConfig
+from hcf.settings import ExportConfig, QuantizeConfig
 from hcf.trace import DenoiserCall, call_denoiser
 
 

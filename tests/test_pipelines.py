@@ -29,6 +29,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from conftest import assert_same_images
 from torch import Tensor
 
 import hcf.pipelines
@@ -79,16 +80,6 @@ SOMEWHERE: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def assert_same(engine: str, found: Tensor, wanted: Tensor) -> None:
-    assert found.shape == wanted.shape
-    if engine == "eager":
-        assert torch.equal(found, wanted)
-    elif wanted.max() > 8:  # 8 bits: rounding may go either way
-        assert (found - wanted).abs().max() <= 1
-    else:
-        assert relative_error(found, wanted) < 1e-3
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("task", list(SOMEWHERE))
 def test_calls_give_what_diffusers_gives(
@@ -99,7 +90,7 @@ def test_calls_give_what_diffusers_gives(
     for name, changes in {**EVERYWHERE, **SOMEWHERE[task]}.items():
         found, wanted = draw(ours, task, **changes), draw(plain, task, **changes)
         try:
-            assert_same(engine, found, wanted)
+            assert_same_images(engine, found, wanted)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
 
@@ -125,7 +116,7 @@ def test_schedulers_can_be_replaced(
         for pipe in (plain, ours):
             pipe.scheduler = kind.from_config(pipe.scheduler.config, **SCHEDULERS[scheduler])
             assert pipe.config["scheduler"] == ("diffusers", scheduler)
-        assert_same(engine, draw(ours, "text"), draw(plain, "text"))
+        assert_same_images(engine, draw(ours, "text"), draw(plain, "text"))
     finally:
         plain.scheduler, ours.scheduler = before
 
@@ -161,9 +152,9 @@ def test_callbacks_read_and_change_latents(
     steps = len(seen)
     assert steps >= 2
     wanted = draw(plain, task, callback_on_step_end=halve, **changes)
-    assert_same(engine, found, wanted)
+    assert_same_images(engine, found, wanted)
     for mine, theirs in zip(seen[:steps], seen[steps:], strict=True):
-        assert_same(engine, mine, theirs)
+        assert_same_images(engine, mine, theirs)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -171,7 +162,7 @@ def test_prompt_embeds_and_clip_skip(drop_in_pairs: Any, draw: Any, engine: str)
     plain, ours = drop_in_pairs("sd", "text", engine)
     embeds, negative = plain.encode_prompt("red cat", "cpu", 1, True, "ugly")
     given = {"prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
-    assert_same(engine, draw(ours, "text", **given), draw(plain, "text", **given))
+    assert_same_images(engine, draw(ours, "text", **given), draw(plain, "text", **given))
     # diffusers 0.42 asks for `text_model`, which transformers has dropped
     states = plain.text_encoder(
         plain.tokenizer("red cat", padding="max_length", return_tensors="pt").input_ids,
@@ -180,7 +171,7 @@ def test_prompt_embeds_and_clip_skip(drop_in_pairs: Any, draw: Any, engine: str)
     skipped = plain.text_encoder.final_layer_norm(states[-2])
     given = {"prompt": None, "prompt_embeds": skipped, "negative_prompt_embeds": negative}
     found = draw(ours, "text", clip_skip=1, negative_prompt="ugly")
-    assert_same(engine, found, draw(plain, "text", **given))
+    assert_same_images(engine, found, draw(plain, "text", **given))
     assert not hasattr(ours.text_encoder, "text_model")
 
 
@@ -194,7 +185,7 @@ def test_generators_decide_the_images(drop_in_pairs: Any, draw: Any, engine: str
         return {"prompt": ["red cat"] * len(seeds), "generator": generators}
 
     found = draw(ours, "text", **each(1, 2))
-    assert_same(engine, found, draw(plain, "text", **each(1, 2)))
+    assert_same_images(engine, found, draw(plain, "text", **each(1, 2)))
     swapped = draw(ours, "text", **each(2, 1))
     assert relative_error(swapped.flip(0), found) < 1e-4
     other = draw(ours, "text", generator=torch.Generator().manual_seed(9))
@@ -218,7 +209,7 @@ def test_first_stages_in_slices_and_tiles(drop_in_pairs: Any, draw: Any, engine:
     assert relative_error(theirs, wanted) > 0.01
     bound = 1e-3 if engine == "eager" else relative_error(theirs, wanted)
     assert relative_error(tiled, wanted) < bound
-    assert_same(engine, draw(ours, "text", **size), wanted)
+    assert_same_images(engine, draw(ours, "text", **size), wanted)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -226,7 +217,7 @@ def test_a_pipeline_moves_and_changes_type(drop_in: Any, drop_in_artifacts: Any,
                                            drop_in_pairs: Any, engine: str) -> None:  # fmt: skip
     plain, ours = drop_in_pairs("sd", "text", engine)
     assert ours.to("cpu") is ours and ours.device.type == "cpu"
-    assert_same(engine, draw(ours, "text"), draw(plain, "text"))
+    assert_same_images(engine, draw(ours, "text"), draw(plain, "text"))
     low = drop_in(diffusers, "sd", "text").to(torch.bfloat16)
     found = drop_in(hcf.pipelines, "sd", "text", engine="eager").to("cpu", torch.bfloat16)
     assert found.unet.dtype is torch.bfloat16
@@ -269,7 +260,7 @@ def test_from_pipe_shares_components_and_engines(
     theirs = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(plain)
     image.set_progress_bar_config(disable=True)
     theirs.set_progress_bar_config(disable=True)
-    assert_same(engine, draw(image, "image"), draw(theirs, "image"))
+    assert_same_images(engine, draw(image, "image"), draw(theirs, "image"))
     # plain pipelines made of ours run on its engines, too
     assert torch.equal(
         draw(diffusers.StableDiffusionImg2ImgPipeline(**{

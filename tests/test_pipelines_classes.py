@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from conftest import assert_same_images
 from torch import Tensor
 
 import hcf.pipelines
@@ -18,16 +19,6 @@ from hcf.errors import HcfError, InvalidArtifact, MissingDependency, RecipeError
 from hcf.export.component import relative_error
 from hcf.load import decelerate
 from hcf.routing import routes_of
-
-
-def assert_same(engine: str, found: Tensor, wanted: Tensor) -> None:
-    assert found.shape == wanted.shape
-    if engine == "eager":
-        assert torch.equal(found, wanted)
-    elif wanted.max() > 8:  # 8 bits: rounding may go either way
-        assert (found - wanted).abs().max() <= 1
-    else:
-        assert relative_error(found, wanted) < 1e-3
 
 
 def test_automatic_pipelines_are_of_these_classes(
@@ -111,7 +102,7 @@ def test_textual_inversion(
     for pipe in (plain, ours):
         pipe.load_textual_inversion(dict(token))
     found = draw(ours, "control", prompt="a <cat-toy>")
-    assert_same(engine, found, draw(plain, "control", prompt="a <cat-toy>"))
+    assert_same_images(engine, found, draw(plain, "control", prompt="a <cat-toy>"))
     assert not torch.equal(found, before)
     ours.unload_textual_inversion()
     assert torch.equal(draw(ours, "control", prompt="a <cat-toy>"), before)

@@ -14,12 +14,18 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import SCHEDULER, UNET, tiny_text_encoder, tiny_tokenizer, tiny_vae
+from conftest import (
+    SCHEDULER,
+    UNET,
+    assert_same_images,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_vae,
+)
 from torch import Tensor
 
 import hcf.pipelines
 from hcf.errors import HcfError
-from hcf.export.component import relative_error
 from hcf.routing import routes_of
 
 ENGINES = ["eager", "openvino", "onnxruntime"]
@@ -64,16 +70,6 @@ SOMEWHERE: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def assert_same(engine: str, found: Tensor, wanted: Tensor) -> None:
-    assert found.shape == wanted.shape
-    if engine == "eager":
-        assert torch.equal(found, wanted)
-    elif wanted.max() > 8:  # 8 bits: rounding may go either way
-        assert (found - wanted).abs().max() <= 1
-    else:
-        assert relative_error(found, wanted) < 1e-3
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("task", TASKS)
 def test_calls_give_what_diffusers_gives(
@@ -84,7 +80,7 @@ def test_calls_give_what_diffusers_gives(
     for name, changes in {**EVERYWHERE, **SOMEWHERE.get(task, {})}.items():
         found, wanted = draw(ours, task, **changes), draw(plain, task, **changes)
         try:
-            assert_same(engine, found, wanted)
+            assert_same_images(engine, found, wanted)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
     if engine != "eager":
@@ -104,7 +100,7 @@ def test_schedulers_can_be_replaced(
     try:
         for pipe in (plain, ours):
             pipe.scheduler = kind.from_config(pipe.scheduler.config, **SCHEDULERS[scheduler])
-        assert_same(engine, draw(ours, "text"), draw(plain, "text"))
+        assert_same_images(engine, draw(ours, "text"), draw(plain, "text"))
     finally:
         plain.scheduler, ours.scheduler = before
 
@@ -116,7 +112,7 @@ def test_embeddings_callbacks_and_generators(drop_in_pairs: Any, draw: Any, engi
              "negative_pooled_prompt_embeds"]  # fmt: skip
     embeds = plain.encode_prompt("red cat", device="cpu", negative_prompt="ugly")
     given = {"prompt": None, **dict(zip(names, embeds, strict=True))}
-    assert_same(engine, draw(ours, "text", **given), draw(plain, "text", **given))
+    assert_same_images(engine, draw(ours, "text", **given), draw(plain, "text", **given))
 
     def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         assert set(tensors) == {"latents", "prompt_embeds", "add_time_ids"}
@@ -129,7 +125,7 @@ def test_embeddings_callbacks_and_generators(drop_in_pairs: Any, draw: Any, engi
         "callback_on_step_end": change,
         "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds", "add_time_ids"],
     }
-    assert_same(engine, draw(ours, "text", **hooks), draw(plain, "text", **hooks))
+    assert_same_images(engine, draw(ours, "text", **hooks), draw(plain, "text", **hooks))
     assert torch.equal(draw(ours, "text"), draw(ours, "text"))
 
 
@@ -144,7 +140,7 @@ def test_one_pipeline_ends_what_another_began(drop_in_pairs: Any, draw: Any, eng
         images.append(
             draw(refiner, "image", num_inference_steps=5, denoising_start=0.6, image=latents)
         )
-    assert_same(engine, images[1], images[0])
+    assert_same_images(engine, images[1], images[0])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -199,7 +195,7 @@ def test_latent_consistency_models(tmp_path: Path, engine_store: Path) -> None:
         ours = hcf.pipelines.LatentConsistencyModelPipeline.from_pretrained(
             tmp_path / "lcm", engine=engine, precision="fp32", components=["unet"], threads=1
         )
-        assert_same(engine, images(ours), images(plain))
+        assert_same_images(engine, images(ours), images(plain))
         assert {r.engine for r in ours.hcf_report} == {engine}
 
 

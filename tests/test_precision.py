@@ -26,7 +26,7 @@ from hcf.export.parity import (
     torch_outputs,
 )
 from hcf.export.precision import ROUNDOFF, Lowering, longest_chain, lower
-from hcf.recipe import ExportConfig
+from hcf.settings import ExportConfig
 
 ir = pytest.importorskip("onnx_ir")
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")

@@ -19,7 +19,7 @@ from hcf.quantize.presets import (
     preset_of,
     quantisable_layers,
 )
-from hcf.recipe import ExcludeRule, LayerRule, QuantizeConfig
+from hcf.settings import ExcludeRule, LayerRule, QuantizeConfig
 
 
 def meta_unet(config: dict[str, Any]) -> Any:

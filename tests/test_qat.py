@@ -16,7 +16,7 @@ from hcf.quantize.ranges import calibrate_scales
 from hcf.quantize.report import outputs_of, relative_to
 from hcf.quantize.scales import REPORT_FILE, LayerScale
 from hcf.quantize.statistics import collect_statistics
-from hcf.recipe import QatConfig, QuantizeConfig
+from hcf.settings import QatConfig, QuantizeConfig
 from hcf.trace import DenoiserCall
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from hcf.quantize.quantize import quantize
 from hcf.quantize.scales import SCALES_FILE, read_scales
-from hcf.recipe import QuantizeConfig, SensitivityConfig, stage_config
+from hcf.recipe import stage_config
+from hcf.settings import QuantizeConfig, SensitivityConfig
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "quantize"
 SMALL = (

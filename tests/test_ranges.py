@@ -23,7 +23,7 @@ from hcf.quantize.ranges import (
 from hcf.quantize.scales import LayerScale
 from hcf.quantize.statistics import LayerStatistics, Statistics
 from hcf.quantize.weight_ranges import weight_amax
-from hcf.recipe import QuantizeConfig
+from hcf.settings import QuantizeConfig
 
 EDGES = torch.tensor([0.0, 333.0, 666.0, 999.0], dtype=torch.float64)
 

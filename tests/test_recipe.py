@@ -6,15 +6,8 @@ import pytest
 import yaml
 
 from hcf.errors import RecipeError
-from hcf.recipe import (
-    BenchConfig,
-    DistillConfig,
-    Recipe,
-    load_recipe,
-    read_tree,
-    stage_config,
-    write_resolved,
-)
+from hcf.recipe import Recipe, load_recipe, read_tree, stage_config, write_resolved
+from hcf.settings import BenchConfig, DistillConfig
 
 BASE = "name: x\nmodel: m\noutput: out\n"
 

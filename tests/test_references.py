@@ -17,7 +17,7 @@ import pytest
 
 from hcf.artifact import Sampling, clone_artifact, read_manifest, write_manifest
 from hcf.errors import HcfError, RecipeError
-from hcf.recipe import BenchConfig
+from hcf.settings import BenchConfig
 from hcf_bench.environment import read_environment
 from hcf_bench.records import Record, Row
 from hcf_bench.references import compare_references

@@ -26,7 +26,7 @@ from hcf.export.parity import graph_session
 from hcf.export.refit import refit_graph, refit_weights, rescale
 from hcf.lora import clean_module, effective_weights
 from hcf.quantize.scales import LayerScale
-from hcf.recipe import ExportConfig
+from hcf.settings import ExportConfig
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import unit_calls
 from torch import nn
 
 from hcf.errors import RecipeError
@@ -40,15 +41,7 @@ from hcf.trace import DenoiserCall
 
 @pytest.fixture
 def calls() -> list[DenoiserCall]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        DenoiserCall(
-            torch.randn(2, 4, 8, 8, generator=generator),
-            torch.full((2,), timestep),
-            {"encoder_hidden_states": torch.randn(2, 7, 32, generator=generator)},
-        )
-        for timestep in (900, 100)
-    ]
+    return unit_calls(900, 100)
 
 
 def all_layers(denoiser: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ from hcf.export.parity import graph_runner
 from hcf.export.passes import layer_of
 from hcf.export.patterns import count_nodes
 from hcf.export.simplify import PASSES, simplify
-from hcf.recipe import ExportConfig
+from hcf.settings import ExportConfig
 
 ir = pytest.importorskip("onnx_ir")
 

@@ -15,7 +15,7 @@ from hcf.quantize.scales import LayerScale
 from hcf.quantize.simulate import SimulatedLayer
 from hcf.quantize.smooth import shared_inputs, smoothed_inputs, smoothing_factors
 from hcf.quantize.statistics import collect_statistics
-from hcf.recipe import QuantizeConfig
+from hcf.settings import QuantizeConfig
 from hcf.trace import DenoiserCall
 
 

@@ -38,7 +38,7 @@ from hcf.quantize.quantize import choose_layers
 from hcf.quantize.ranges import calibrate_scales
 from hcf.quantize.report import quantisable
 from hcf.quantize.statistics import collect_statistics
-from hcf.recipe import BuildConfig, ExportConfig
+from hcf.settings import BuildConfig, ExportConfig
 from hcf.trace import DenoiserCall
 
 pytestmark = pytest.mark.trt

@@ -35,7 +35,7 @@ from hcf_bench.timing import Clock, synchronise, time_once, torch_threads
 if TYPE_CHECKING:
     from torch import nn
 
-    from hcf.recipe import BenchConfig
+    from hcf.settings import BenchConfig
     from hcf.trace import DenoiserCall
 
 Log = Callable[[str], None]

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from hcf.artifact import MANIFEST, read_manifest
 from hcf.errors import InvalidArtifact, RecipeError
-from hcf.recipe import BenchConfig
+from hcf.settings import BenchConfig
 from hcf_bench.compare import PROMPTS, compare_artifacts
 from hcf_bench.environment import Environment, read_environment, same_environment
 from hcf_bench.launches import compare_launches

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hcf.errors import RecipeError
-from hcf.recipe import Config
+from hcf.settings import Config
 
 PartKind = Literal["ceilings", "peers", "batches", "profile", "artifacts", "selftest"]
 

@@ -40,7 +40,7 @@ from hcf.artifact import (
     write_manifest,
 )
 from hcf.errors import InvalidArtifact, RecipeError
-from hcf.recipe import DistillConfig
+from hcf.settings import DistillConfig
 from hcf.source import open_pipeline
 from hcf.trace import call_denoiser, conditioning, denoiser_name
 

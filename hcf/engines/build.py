@@ -41,7 +41,7 @@ from hcf.engines.timing import time_interleaved as time_interleaved
 from hcf.engines.timing import torch_threads as torch_threads
 from hcf.errors import HcfError, RecipeError
 from hcf.export.component import example_calls, example_inputs, relative_error
-from hcf.recipe import BuildConfig, ShapeProfile
+from hcf.settings import BuildConfig, ShapeProfile
 from hcf.source import open_pipeline
 
 Log = Callable[[str], None]

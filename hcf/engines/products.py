@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hcf.artifact import hash_file
-from hcf.errors import InvalidArtifact, MissingDependency
+from hcf.export.inspect import read_graph
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -34,21 +34,7 @@ def graph_products(path: Path) -> dict[str, str]:
     A product whose weights alone are dequantised counts as what they are stored in. Reads no
     external weights. Raises InvalidArtifact for a file that is no ONNX graph.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingDependency(
-            "reading an ONNX file needs onnx", fix="pip install 'hcf-toolkit[onnx]'"
-        ) from error
-    if not path.is_file():
-        raise InvalidArtifact(f"{path} does not exist", fix="run `hcf export` on this model first")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError is in another module with every version
-        raise InvalidArtifact(
-            f"{path} is not a readable ONNX file: {error}", fix="run `hcf export` again"
-        ) from error
-    return products_of(model)
+    return products_of(read_graph(path))
 
 
 def products_of(model: ModelProto) -> dict[str, str]:

@@ -22,13 +22,14 @@ from hcf.artifact import Sampling
 from hcf.engines.layer_cost import fastest
 from hcf.engines.openvino import OpenVinoEngine
 from hcf.engines.timing import time_interleaved, torch_threads
-from hcf.engines.trial import INSTANCES, export_graph, graph_with, open_openvino, request_of
+from hcf.engines.trial import INSTANCES, export_graph, graph_with, open_openvino
 from hcf.export.component import example_inputs, graph_inputs
 from hcf.quality.fidelity import fidelity
 from hcf.quality.sampling import generate_images
 from hcf.quantize.calibrate import calibration_prompts, choose_prompts
 from hcf.quantize.calibration_cache import CalibrationRequest, open_calibration
 from hcf.quantize.presets import choose, quantisable_layers
+from hcf.quantize.quantize import request_of
 from hcf.quantize.ranges import calibrate_scales
 from hcf.quantize.report import layers_by_format
 from hcf.quantize.scales import LayerScale

@@ -48,7 +48,7 @@ from hcf.engines.tensorrt_package import (
 from hcf.engines.tensorrt_package import version as version
 from hcf.engines.tensorrt_profiles import Profile, ShapeRange, Shapes, add_profiles
 from hcf.errors import HcfError, RecipeError
-from hcf.recipe import BuildConfig
+from hcf.settings import BuildConfig
 
 LADDER = 6  # rungs: all memory, then a half of it, a quarter, ... down to 1/32
 

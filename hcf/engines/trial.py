@@ -31,12 +31,11 @@ from hcf.engines.timing import time_interleaved
 from hcf.export.component import example_inputs
 from hcf.export.onnx import export_component
 from hcf.export.passes import insert_qdq
-from hcf.quantize.calibrate import calibration_prompts, choose_prompts
-from hcf.quantize.calibration_cache import CalibrationRequest, open_calibration
-from hcf.quantize.estimate import estimate_sensitivity, fitted, probe
+from hcf.quantize.calibration_cache import open_calibration, probe_of
+from hcf.quantize.estimate import estimate_sensitivity, fitted
 from hcf.quantize.presets import choose as choose_by_rules
 from hcf.quantize.presets import quantisable_layers
-from hcf.quantize.quantize import sampling_of
+from hcf.quantize.quantize import request_of
 from hcf.quantize.ranges import calibrate_scales
 from hcf.quantize.scales import LayerScale
 from hcf.quantize.sensitivity import error_of
@@ -100,14 +99,7 @@ def open_trial(
     layers = quantisable_layers(denoiser)
     request = request_of(pipe, model, config)
     with open_calibration(pipe, request, log, config.offload) as calibration:
-        found = probe(
-            pipe,
-            request.prompts[: request.batch_size],
-            steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            height=request.height,
-            width=request.width,
-        )
+        found = probe_of(pipe, request)
         estimate = estimate_sensitivity(
             found, len(layers), len(config.formats), config.calls, config.held_out_calls,
             SOLVES_ALLOWED + config.exchange_rounds * TRIED_MOVES, config.mode,
@@ -184,21 +176,6 @@ def quantize_config(config: SensitivityConfig) -> QuantizeConfig:
     shared -= {"timestep_buckets"}
     given = {name: getattr(config, name) for name in shared}
     return QuantizeConfig(format=config.formats[0], **given)
-
-
-def request_of(pipe: Any, model: Path, config: SensitivityConfig) -> CalibrationRequest:
-    """The same trajectories as `hcf quantize` would record with the same settings."""
-    steps, guidance = sampling_of(pipe, model)
-    prompts = calibration_prompts(config.calibration_prompts, model)
-    return CalibrationRequest(
-        tuple(choose_prompts(prompts, config.calibration_samples, config.seed)),
-        config.calibration_steps or steps,
-        guidance if config.calibration_guidance is None else config.calibration_guidance,
-        config.seed,
-        config.batch_size,
-        config.height,
-        config.width,
-    )
 
 
 def measure_costs(trial: Trial, config: SensitivityConfig, log: Log) -> dict[str, dict[str, float]]:

@@ -21,7 +21,7 @@ from hcf.errors import HcfError, MissingDependency
 from hcf.export.component import PIXELS
 from hcf.export.inspect import inspect_onnx
 from hcf.export.simplify import PassRecord, simplify
-from hcf.recipe import ExportConfig
+from hcf.settings import ExportConfig
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -36,6 +36,11 @@ class GraphSummary:
 
 def inspect_onnx(path: Path) -> GraphSummary:
     """Read the graph, not its external weights. InvalidArtifact for a file that is no ONNX."""
+    return summarise(read_graph(path))
+
+
+def read_graph(path: Path) -> ModelProto:
+    """The graph without its external weights. InvalidArtifact for a file that is no ONNX."""
     try:
         import onnx
     except ImportError as error:
@@ -45,7 +50,7 @@ def inspect_onnx(path: Path) -> GraphSummary:
     if not path.is_file():
         raise InvalidArtifact(f"{path} does not exist", fix="run `hcf export` on this model first")
     try:
-        return summarise(onnx.load(str(path), load_external_data=False))
+        return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError is in another module with every version
         raise InvalidArtifact(
             f"{path} is not a readable ONNX file: {error}", fix="run `hcf export` again"

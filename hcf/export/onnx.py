@@ -70,7 +70,7 @@ from hcf.quantize.estimate import (
     peak_memory,
     require_disk,
 )
-from hcf.recipe import ExportConfig
+from hcf.settings import ExportConfig
 from hcf.source import open_pipeline
 from hcf.trace import own_size
 

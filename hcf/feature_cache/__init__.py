@@ -21,7 +21,7 @@ from hcf.feature_cache.install import (
     remove,
 )
 from hcf.feature_cache.schedule import full_steps
-from hcf.recipe import FeatureCacheConfig
+from hcf.settings import FeatureCacheConfig
 
 __all__ = [
     "CacheCost",

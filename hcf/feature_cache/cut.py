@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hcf.errors import HcfError, RecipeError
 from hcf.feature_cache.schedule import full_steps
-from hcf.recipe import FeatureCacheConfig
+from hcf.settings import FeatureCacheConfig
 
 RESIDUALS = "down_block_additional_residuals"
 BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")

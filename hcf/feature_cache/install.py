@@ -20,7 +20,7 @@ from torch import Tensor
 from hcf.errors import HcfError, RecipeError
 from hcf.feature_cache.cut import CacheCost, run_unet, step_cost
 from hcf.feature_cache.schedule import FeatureMemory, StepClock, full_steps
-from hcf.recipe import FeatureCacheConfig
+from hcf.settings import FeatureCacheConfig
 
 if TYPE_CHECKING:
     from hcf.engines import Engine, EngineReport

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hcf.errors import HcfError
-from hcf.recipe import FeatureCacheConfig
+from hcf.settings import FeatureCacheConfig
 
 POWER_STEP = 0.02
 MOST_CALLS_A_STEP = 16

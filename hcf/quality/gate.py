@@ -28,7 +28,7 @@ from hcf.quality.sampling import (
     generate_images,
     load_prompts,
 )
-from hcf.recipe import CheckConfig, Threshold
+from hcf.settings import CheckConfig, Threshold
 
 FIDELITY = ("psnr_db", "psnr_mean_db", "ssim")
 METRICS = (*FIDELITY, *JUDGED, *ASPECTS)

@@ -37,6 +37,7 @@ from hcf.quantize.calibrate import (
 )
 from hcf.quantize.estimate import (
     Estimate,
+    Probe,
     estimate_calibration,
     fitted,
     probe,
@@ -241,8 +242,9 @@ def _complete(
     return index
 
 
-def _estimate(pipe: Any, request: CalibrationRequest, share: float) -> Estimate:
-    found = probe(
+def probe_of(pipe: Any, request: CalibrationRequest) -> Probe:
+    """What one batch of the request takes."""
+    return probe(
         pipe,
         request.prompts[: request.batch_size],
         steps=request.steps,
@@ -251,6 +253,10 @@ def _estimate(pipe: Any, request: CalibrationRequest, share: float) -> Estimate:
         width=request.width,
         component=request.component,
     )
+
+
+def _estimate(pipe: Any, request: CalibrationRequest, share: float) -> Estimate:
+    found = probe_of(pipe, request)
     return scaled(estimate_calibration(found, len(request.prompts)), share)
 
 

@@ -33,15 +33,15 @@ from hcf.quantize.calibrate import (
     save_calibration,
     spread,
 )
-from hcf.quantize.calibration_cache import CalibrationRequest, open_calibration
-from hcf.quantize.estimate import Estimate, estimate_quantization, fitted, probe
+from hcf.quantize.calibration_cache import CalibrationRequest, open_calibration, probe_of
+from hcf.quantize.estimate import Estimate, estimate_quantization, fitted
 from hcf.quantize.presets import Choice, choose
 from hcf.quantize.qat import train_quantised
 from hcf.quantize.ranges import FOUR_BITS, calibrate_scales, weight_algorithm
 from hcf.quantize.report import LayerError, layer_errors, layers_by_format, outputs_of, relative_to
 from hcf.quantize.scales import REPORT_FILE, SCALES_FILE, SCHEMES, LayerScale, write_scales
 from hcf.quantize.statistics import BUCKETS
-from hcf.settings import QuantizeConfig
+from hcf.settings import CalibratedConfig, QuantizeConfig
 from hcf.source import open_pipeline
 from hcf.trace import DenoiserCall
 
@@ -119,24 +119,7 @@ def quantize_component(
         + ", ".join(f"{n} layers to {f}" for f, n in _counts(choice.formats).items())
         + f", {len(choice.excluded)} stay in floating point"
     )
-    steps, guidance_scale = sampling_of(pipe, model)
-    request = CalibrationRequest(
-        prompts=tuple(
-            choose_prompts(
-                calibration_prompts(config.calibration_prompts, model),
-                config.calibration_samples,
-                config.seed,
-            )
-        ),
-        steps=config.calibration_steps or steps,
-        guidance_scale=guidance_scale
-        if config.calibration_guidance is None
-        else config.calibration_guidance,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        height=config.height,
-        width=config.width,
-    )
+    request = request_of(pipe, model, config)
     with open_calibration(pipe, request, log, config.offload) as calibration:
         calls = calibration.calls(config.calibration_calls)
         log(
@@ -253,6 +236,22 @@ def refuse_quantised_modules(denoiser: nn.Module, component: str) -> None:
                 )
 
 
+def request_of(pipe: Any, model: Path | None, config: CalibratedConfig) -> CalibrationRequest:
+    """The trajectories that `config` is measured on; equal settings ask for the same ones."""
+    steps, guidance_scale = sampling_of(pipe, model)
+    prompts = calibration_prompts(config.calibration_prompts, model)
+    given = config.calibration_guidance
+    return CalibrationRequest(
+        prompts=tuple(choose_prompts(prompts, config.calibration_samples, config.seed)),
+        steps=config.calibration_steps or steps,
+        guidance_scale=guidance_scale if given is None else given,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        height=config.height,
+        width=config.width,
+    )
+
+
 def sampling_of(pipe: Any, model: Path | None) -> tuple[int, float]:
     """(steps, guidance_scale) to sample the artefact with: manifest, else the pipeline's own."""
     steps: int | None = None
@@ -294,14 +293,7 @@ def _estimate(
     pipe: Any, request: CalibrationRequest, choice: Choice, config: QuantizeConfig, kept: int
 ) -> Estimate:
     """What is ahead once the calls are recorded: passes for ranges, smoothing, training, report."""
-    found = probe(
-        pipe,
-        request.prompts[: request.batch_size],
-        steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        height=request.height,
-        width=request.width,
-    )
+    found = probe_of(pipe, request)
     estimate = estimate_quantization(found, kept, REPORT_CALLS)
     extra = 0.0
     four_bits = any(form in FOUR_BITS for form in choice.formats.values())

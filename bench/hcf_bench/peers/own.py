@@ -75,7 +75,7 @@ def quantise(case: Case, feed: dict[str, Any], folder: Path) -> Path:
     from hcf.quantize.presets import choose_formats
     from hcf.quantize.ranges import calibrate_scales
     from hcf.quantize.statistics import collect_statistics
-    from hcf.recipe import QuantizeConfig
+    from hcf.settings import QuantizeConfig
     from hcf.trace import DenoiserCall
 
     graph = export_graph(case, folder)
