@@ -21,7 +21,15 @@ from typing import Any
 import torch
 
 from hcf.artifact import MANIFEST, EngineEntry, Manifest, default_sampling, read_manifest
-from hcf.engines import PRECISIONS, Engine, EngineReport, check_precision, cpu_flags
+from hcf.engines import (
+    PRECISIONS,
+    Engine,
+    EngineReport,
+    check_precision,
+    cpu_flags,
+    is_floating,
+)
+from hcf.engines.eager import report_of
 from hcf.engines.forms import engine_version, entry_name, open_entry, open_torch, speed
 from hcf.errors import MissingDependency, RecipeError
 from hcf.export.component import (
@@ -235,14 +243,6 @@ def _install(
                     f"{path} has no {engine} engine of {component}",
                     fix="run `hcf export` and `hcf build` on it, or load it with engine='eager'",
                 )
-            torch_engine = entry.engine if entry else engine
-            torch_precision = entry.precision if entry else precision
-            if torch_engine not in TORCH_ENGINES and entry is None:
-                torch_engine, torch_precision = "eager", None  # `build.components` left it out
-            if torch_engine == "eager" and torch_precision in (None, "fp32"):
-                # the module itself, which still trains, saves and moves
-                reports.append(open_torch(pipe, component, "eager", "fp32", []).report)
-                continue
             if entry is not None and entry.file is not None and manifest is not None:
                 shapes = {name: rows[len(rows) // 2] for name, rows in entry.shapes.items()}
                 runner = open_entry(path, component, entry, manifest, pipe, threads)
@@ -250,13 +250,25 @@ def _install(
                     _refitted, pipe, component, path, entry, threads, log
                 )
             else:
+                kind = (entry.engine, entry.precision) if entry else (engine, precision)
+                if engine not in TORCH_ENGINES and entry is None:
+                    kind = ("eager", None)  # `build.components` left it out
+                elif component != denoiser and kind[1] and not is_floating(kind[1]):
+                    kind = (kind[0], None)
+                own = report_of(pipe, component)
+                if kind[0] == "eager" and kind[1] in (None, own.precision):
+                    reports.append(own)  # the module itself, which still trains, saves and moves
+                    continue
                 example = example_inputs(pipe, component, batch=1)
                 shapes = {name: list(tensor.shape) for name, tensor in example.items()}
-                names, kind = list(shapes), (torch_engine, torch_precision or "fp32")
-                runner = open_torch(pipe, component, *kind, names)
-                rebuild = partial(_reopened, pipe, component, *kind, names, log)
+                make = partial(
+                    _torch_engine, pipe, component, kind[0], kind[1] or own.precision, list(shapes), path
+                )
+                runner = make()
+                rebuild = partial(_made_again, component, make, log)
             opened.append((component, runner, shapes, rebuild))
             reports.append(runner.report)
+    remove(pipe)
     unroute(pipe)
     for component, runner, shapes, rebuild in opened:
         route(pipe, component, runner, shapes, rebuild)
@@ -273,6 +285,10 @@ def _refitted(
 ) -> Engine:
     from hcf.store import refitted
 
+    if entry.file is None:
+        names = list(entry.shapes)
+        make = partial(_torch_engine, pipe, component, entry.engine, entry.precision, names, path)
+        return _made_again(component, make, log)
     return refitted(pipe, component, path, entry, threads, log)
 
 
@@ -313,12 +329,20 @@ def _refitted_cache(
     return cached
 
 
-def _reopened(
-    pipe: Any, component: str, engine: str, precision: str, names: Sequence[str], log: Log
+def _torch_engine(
+    pipe: Any, component: str, engine: str, precision: str, names: Sequence[str], folder: Path
 ) -> Engine:
-    log(f"{component}: its weights have changed, {engine} {precision} is made again")
+    """Of the weights that the component has now, on the device where it is."""
+    device = next(owner_of(pipe, component).parameters()).device.type
     with _unrouted_components(pipe, (component,)):
-        return open_torch(pipe, component, engine, precision, names)
+        return open_torch(pipe, component, engine, precision, names, device=device, folder=folder)
+
+
+def _made_again(component: str, make: Callable[[], Engine], log: Log) -> Engine:
+    engine = make()
+    report = engine.report
+    log(f"{component}: its weights have changed, {report.engine} {report.precision} is made again")
+    return engine
 
 
 @contextlib.contextmanager

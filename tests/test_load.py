@@ -66,6 +66,15 @@ def test_eager_is_the_plain_module_and_bf16_is_not(tiny_built: Path) -> None:
     assert 1e-4 < error < 0.1
 
 
+def test_eager_simulates_the_rounding_of_the_artefact(tiny_built: Path) -> None:
+    pipe = load(tiny_built, engine="eager", precision="int8")
+    unet, decoder = pipe.hcf_report
+    assert unet.provider.startswith("simulated") and unet.layer_precisions["int8"] > 50
+    assert decoder.precision == "fp32" and set(routes_of(pipe)) == {"unet"}
+    wanted = latents_of(load(tiny_built, engine="eager"))
+    assert 1e-3 < relative_error(latents_of(pipe), wanted) < 0.3
+
+
 def test_calls_can_be_recorded_from_an_engine(tiny_built: Path) -> None:
     pipe = load(tiny_built, engine="onnxruntime", precision="fp32")
     calls = record_calls(pipe, ["cat"], steps=2, guidance_scale=3.0, seed=0)

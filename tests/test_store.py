@@ -204,6 +204,17 @@ def test_half_precision_pipelines_stay_what_they_were(tiny_pipeline: Any) -> Non
     assert relative_error(found.float(), wanted) < 0.05
 
 
+def test_eager_reports_the_type_that_the_pipeline_has(tiny_pipeline: Any) -> None:
+    pipe = accelerate(tiny_pipeline.to(torch.bfloat16), engine="eager")
+    assert [r.precision for r in pipe.hcf_report] == ["bf16", "bf16"]
+    assert not routes_of(pipe)
+    wanted = latents_of(pipe)
+    pipe = accelerate(pipe, engine="eager", precision="fp32", components=["unet"])
+    (report,) = pipe.hcf_report
+    assert report.precision == "fp32" and set(report.layer_precisions) == {"fp32"}
+    assert relative_error(latents_of(pipe).float(), wanted.float()) < 0.1
+
+
 def test_a_failed_build_leaves_pipeline_and_store_as_they_were(
     tiny_pipeline: Any, home: Path
 ) -> None:

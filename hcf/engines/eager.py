@@ -119,6 +119,22 @@ class SimulatedEngine:
             return named_outputs(self.outputs, self.module(*arguments))
 
 
+def report_of(pipe: Any, component: str) -> EngineReport:
+    """What the component runs in while no engine answers for it: its own type and device."""
+    module = component_module(pipe, component, [])
+    parameter = next(module.parameters())
+    return EngineReport(
+        engine="eager",
+        version=torch.__version__,
+        component=component,
+        device=parameter.device.type,
+        provider=provider_of(parameter.device),
+        precision=PRECISION_NAMES[parameter.dtype],
+        layer_precisions=count_layers(module),
+        threads=torch.get_num_threads() if parameter.device.type == "cpu" else None,
+    )
+
+
 def provider_of(device: torch.device) -> str:
     """What torch computes with there: the CPU's instruction set, or the GPU's name.
 
@@ -137,12 +153,14 @@ def provider_of(device: torch.device) -> str:
 def in_precision(
     module: nn.Module, dtype: torch.dtype, device: torch.device | None = None
 ) -> nn.Module:
-    """`module` itself for float32 on the CPU, else a copy in `dtype` with channels_last weights.
+    """`module` itself if it is float32 on the CPU and is to be, else a copy in `dtype` with
+    channels_last weights.
 
     The copy shares nothing with the original and is made one tensor at a time.
     """
     device = device or torch.device("cpu")
-    if dtype == torch.float32 and device.type == "cpu":
+    own = {(parameter.dtype, parameter.device.type) for parameter in module.parameters()}
+    if dtype == torch.float32 and device.type == "cpu" and own <= {(dtype, "cpu")}:
         return module
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
