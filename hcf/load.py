@@ -261,9 +261,8 @@ def _install(
                     continue
                 example = example_inputs(pipe, component, batch=1)
                 shapes = {name: list(tensor.shape) for name, tensor in example.items()}
-                make = partial(
-                    _torch_engine, pipe, component, kind[0], kind[1] or own.precision, list(shapes), path
-                )
+                form = kind[1] or own.precision
+                make = partial(_torch_engine, pipe, component, kind[0], form, list(shapes), path)
                 runner = make()
                 rebuild = partial(_made_again, component, make, log)
             opened.append((component, runner, shapes, rebuild))
