@@ -26,7 +26,7 @@ from hcf_bench.workloads import find_workload
 
 KERNEL = "kernel/group_norm_silu_1x32x16x16"
 # as a slow machine would have measured them
-CEILINGS = {"copy": 2.0, "gemm-fp32": 0.02}
+CEILINGS = {"copy": 2.0, "gemm-fp32": 0.02, "gemm-int8": 0.06}
 BOX_S = 240.0
 BAD = ("crashing", "wrong", "not-finite")
 
@@ -34,6 +34,8 @@ BAD = ("crashing", "wrong", "not-finite")
 BAD_PEERS = """
 import os, signal
 from hcf_bench.peers import PEERS, Peer, Prepared
+
+FINE = {"engine": "fine", "precision": "int8-bf16"}
 
 def add(name, prepare):
     PEERS[name] = Peer(name, "fp32", 60.0, ("cpu",), ("kernel",), lambda device: "", prepare)
@@ -44,7 +46,7 @@ def crash(case, options):
 add("crashing", crash)
 add("wrong", lambda case, options: Prepared(lambda: 1.1 * case.run()))
 add("not-finite", lambda case, options: Prepared(lambda: case.run() * float("nan")))
-add("fine", lambda case, options: Prepared(case.run, report={"engine": "fine"}))
+add("fine", lambda case, options: Prepared(case.run, report=FINE))
 """
 AFTER_PEERS = """
 import sys
@@ -145,6 +147,13 @@ def test_a_row_is_held_against_the_ceilings_of_its_dtype(unet_row: Row) -> None:
     assert row.fraction_of_roofline == pytest.approx(row.roofline_ms / row.latency.p50_ms)
 
 
+def test_int8_in_mixed_arithmetic_is_held_against_the_ceiling_of_int8(rows: dict[str, Row]) -> None:
+    ops = count_workload(find_workload(KERNEL), 1, "fp32")
+    row = rows["fine"]
+    assert row.dtype == "int8-bf16"
+    assert row.roofline_ms == pytest.approx(floor_ms(ops, CEILINGS, "int8"))
+
+
 def test_a_peer_is_paired_with_the_baseline(rows: dict[str, Row]) -> None:
     row = rows["fine"]
     assert row.status == "ok" and row.baseline == "eager"
@@ -153,7 +162,7 @@ def test_a_peer_is_paired_with_the_baseline(rows: dict[str, Row]) -> None:
     assert row.speedup is not None and row.speedup.low <= row.speedup.value <= row.speedup.high
     assert row.latency is not None and len(row.latency.samples_ms) >= row.pairs
     assert row.clock in ("wall", "cpu")
-    assert row.engine == {"engine": "fine"}
+    assert row.engine == {"engine": "fine", "precision": "int8-bf16"}
     assert row.fidelity == {"sqnr_db": 999.0, "max_abs_error": 0.0}  # to eager fp32
     assert row.fraction_of_roofline is not None
     assert rows["eager"].status == "ok" and rows["eager"].speedup is None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hcf.engines import FORMATS
 from hcf.errors import HcfError, MissingDependency
 from hcf_bench.environment import usable_cores
 from hcf_bench.pairs import Subject, compare_subjects, output_distance, output_problems
@@ -177,11 +178,12 @@ def _rated(run: PartRun, row: Row) -> Row:
         ops = _ops(row.workload, row.batch, _case_dtype(row.subject))
         tflop = sum(op.flops for op in ops) / 1e12
         update |= {"tflop": tflop, "gbyte": sum(op.bytes for op in ops) / 1e9}
-        if "copy" in run.ceilings and f"gemm-{row.dtype}" in run.ceilings:
-            floor = floor_ms(ops, run.ceilings, row.dtype)
+        dtype = FORMATS.get(row.dtype, row.dtype)
+        if "copy" in run.ceilings and f"gemm-{dtype}" in run.ceilings:
+            floor = floor_ms(ops, run.ceilings, dtype)
             update |= {
                 "roofline_ms": floor,
-                "fraction_of_peak": fraction_of_peak(tflop, p50_ms, run.ceilings, row.dtype),
+                "fraction_of_peak": fraction_of_peak(tflop, p50_ms, run.ceilings, dtype),
                 "fraction_of_roofline": fraction_of_roofline(floor, p50_ms),
             }
     return row.model_copy(update=update)

@@ -46,8 +46,8 @@ def prepare_own(case: Case, options: PeerOptions, precision: str) -> Prepared:
     report = asdict(engine.report)
     if precision.startswith("int8"):
         report["notes"] = (
-            "quantised by the default rules, calibrated on random inputs: its speed and rounding "
-            "mean something, its quality does not"
+            "quantised by the default rules, ranges by percentile, calibrated on random inputs: "
+            "its speed and rounding mean something, its quality does not"
         )
     return Prepared(run, report=report)
 
