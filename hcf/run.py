@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import json
 import shutil
 import time
@@ -35,6 +34,7 @@ from hcf.artifact import (
     staged_folder,
     write_manifest,
 )
+from hcf.code_hash import code_hash
 from hcf.errors import GateFailed, HcfError, RecipeError, StorageError
 from hcf.recipe import Recipe, write_resolved
 from hcf.settings import BuildConfig, Config, ExportConfig
@@ -281,24 +281,10 @@ def step_key(step: Step, inputs: Mapping[str, str]) -> str:
         "config": step.config.model_dump(mode="json"),
         "inputs": dict(inputs),
         "files": _config_files(step.config),
-        "source": source_hash(step.stage),
+        "source": code_hash(SOURCES[step.stage]),
         "packages": {name: versions.get(name) for name in PACKAGES if name != "hcf-toolkit"},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def source_hash(stage: str) -> str:
-    """SHA-256 over the Python files (and templates) that make up a stage."""
-    digest = hashlib.sha256()
-    for name in SOURCES[stage]:
-        package, _, rest = name.partition("/")
-        spec = importlib.util.find_spec(package)
-        roots = spec.submodule_search_locations if spec else None
-        path = Path(roots[0]) / rest if roots else Path(name)
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file() and "__pycache__" not in file.parts:
-                digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _config_files(config: Config) -> dict[str, str]:

@@ -4,9 +4,9 @@
         hcf_manifest.json       engines, what was chosen and why, parity with torch
         <component>/model.onnx, engines/<component>/...
 
-The key is a SHA-256 over weights (adapters included), configurations, options, package versions and
-machine: never a path. A folder is written whole or not at all. The store is kept under
-HCF_ENGINE_CACHE_GB (default 20) by removing what was used longest ago.
+The key is a SHA-256 over weights (adapters included), configurations, options, the code that makes
+engines, package versions and machine: never a path. A folder is written whole or not at all. The
+store is kept under HCF_ENGINE_CACHE_GB (default 20) by removing what was used longest ago.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from hcf.artifact import (
     staged_folder,
     write_manifest,
 )
+from hcf.code_hash import code_hash
 from hcf.engines import Engine, is_floating, machine_kind
 from hcf.engines.build import build_components
 from hcf.engines.forms import entry_name, open_form, refit_form
@@ -54,6 +55,8 @@ from hcf.settings import BuildConfig, ExportConfig, QuantizeConfig
 
 Log = Callable[[str], None]
 DEFAULT_CACHE_GB = 20.0
+# whose change makes engines that are kept stale
+SOURCES = ("hcf/quantize", "hcf/export", "hcf/engines", "hcf/feature_cache", "hcf/trace.py")
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def refitted(
         "component": component,
         "entry": entry.model_dump(mode="json", include={"engine", "precision", "version"}),
         "machine": machine_kind(),
+        "code": code_hash(SOURCES),
         "weights": weights_hash(module),
     }
     target = root / _digest(parts)[:32]
@@ -221,6 +225,7 @@ def content_key(pipe: Any, request: Request) -> str:
         "cache_branch": request.cache_branch,
         "machine": machine_kind(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "code": code_hash(SOURCES),
         "packages": {name: environment().get(name) for name in PACKAGES},
     }
     if request.quantize is not None:

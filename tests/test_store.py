@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hcf
 from hcf.artifact import read_manifest
+from hcf.code_hash import code_hash
 from hcf.errors import HcfError, RecipeError
 from hcf.export.component import relative_error
 from hcf.load import accelerate, decelerate
@@ -74,6 +75,36 @@ def test_the_second_time_the_engines_are_found(tiny_pipeline: Any, home: Path) -
     accelerate(again, **QUICK, log=lines.append)
     assert len(folders(home)) == len(before) + 1
     assert relative_error(latents_of(again), wanted) < 1e-4
+
+
+def test_engines_of_other_code_are_made_again(
+    tiny_pipeline: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerate(tiny_pipeline, **QUICK)
+    before, lines = folders(home), list[str]()
+    monkeypatch.setattr("hcf.store.code_hash", lambda sources: "another commit")
+    accelerate(make_tiny_pipeline(), **QUICK, log=lines.append)
+    assert len(folders(home)) == len(before) + 1
+    assert any(line.startswith("building engines of unet") for line in lines)
+
+
+def test_a_code_hash_follows_files_and_templates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "somewhere"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text("x = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("somewhere/one.py", "somewhere/inner")
+    hashes = [code_hash(names)]
+    (package / "inner" / "page.jinja").write_text("a page")
+    hashes.append(code_hash(names))
+    (package / "one.py").write_text("x = 2")
+    hashes.append(code_hash(names))
+    assert len(set(hashes)) == 3 and code_hash(names) == hashes[-1]
+    (package / "two.py").write_text("not named")
+    assert code_hash(names) == hashes[-1]
 
 
 def test_auto_takes_what_was_fastest_and_says_why(tiny_pipeline: Any, home: Path) -> None:
