@@ -25,7 +25,7 @@ LAYERS = (
     ("errors",),
     ("weights",),
     ("settings",),
-    ("recipe", "artifact"),
+    ("recipe", "artifact", "code_hash"),
     ("source_configs",),
     ("source_file",),
     ("source", "trace"),

@@ -22,6 +22,7 @@ from hcf.routing import routes_of
 from hcf.settings import FeatureCacheConfig, QuantizeConfig
 from hcf.store import engines_folder, trim
 
+SHORT = QuantizeConfig(calibration_samples=2, calibration_steps=4)
 QUICK = {"engine": "openvino", "precision": "fp32", "components": ["unet"]}
 
 
@@ -75,6 +76,15 @@ def test_the_second_time_the_engines_are_found(tiny_pipeline: Any, home: Path) -
     accelerate(again, **QUICK, log=lines.append)
     assert len(folders(home)) == len(before) + 1
     assert relative_error(latents_of(again), wanted) < 1e-4
+
+
+def test_int8_by_name_leaves_the_decoder_in_floating_point(tiny_pipeline: Any) -> None:
+    asked = {"engine": "openvino", "precision": "int8", "quantize": SHORT}
+    accelerate(tiny_pipeline, **asked)
+    ran = {r.component: (r.engine, r.precision) for r in tiny_pipeline.hcf_report}
+    assert ran.pop("unet") == ("openvino", "int8")
+    assert ran.keys() == {"vae_decoder"} and ran["vae_decoder"][0] == "openvino"
+    assert ran["vae_decoder"][1] in ("fp32", "bf16")
 
 
 def test_engines_of_other_code_are_made_again(
@@ -137,12 +147,11 @@ def test_a_named_engine_needs_no_precision(
 
 def test_int8_in_hand(tiny_pipeline: Any) -> None:
     wanted = latents_of(tiny_pipeline)
-    config = QuantizeConfig(calibration_samples=2, calibration_steps=4)
     accelerate(
         tiny_pipeline,
         engine="openvino",
         precision="int8",
-        quantize=config,
+        quantize=SHORT,
         prompts=["red cat", "blue dog"],
         components=["unet"],
     )
@@ -201,12 +210,11 @@ def test_a_lora_that_is_there_already_is_part_of_the_key(tiny_pipeline: Any, hom
 
 def test_int8_engines_follow_a_lora(tiny_pipeline: Any) -> None:
     pipe = tiny_pipeline
-    config = QuantizeConfig(calibration_samples=2, calibration_steps=4)
     prompts = ["red cat", "blue dog"]
     pipe.load_lora_weights(lora_state(pipe.unet, 1), adapter_name="a")
     wanted = latents_of(pipe)
     pipe.unload_lora_weights()
-    options: dict[str, Any] = {"quantize": config, "prompts": prompts, "components": ["unet"]}
+    options: dict[str, Any] = {"quantize": SHORT, "prompts": prompts, "components": ["unet"]}
     accelerate(pipe, engine="openvino", precision="int8", **options)
     pipe.load_lora_weights(lora_state(pipe.unet, 1), adapter_name="a")
     assert relative_error(latents_of(pipe), wanted) < 0.3
@@ -322,7 +330,7 @@ def test_an_int8_u_net_with_a_cache(tiny_pipeline: Any) -> None:
         tiny_pipeline,
         engine="openvino",
         precision="int8",
-        quantize=QuantizeConfig(calibration_samples=2, calibration_steps=4),
+        quantize=SHORT,
         prompts=["red cat", "blue dog"],
         components=["unet"],
         cache=2,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hcf.artifact import EngineEntry, clone_artifact, staged_folder, write_manifest
-from hcf.engines import ON_DEVICE, PRECISIONS, SIMULATED, Engine, is_floating
+from hcf.engines import FLOATING, ON_DEVICE, PRECISIONS, SIMULATED, Engine, is_floating
 from hcf.engines.eager import provider_of
 from hcf.engines.forms import (
     SUFFIXES,
@@ -131,7 +131,25 @@ def candidates(
     """What can be built of `component` with the engines and precisions asked for.
 
     What cannot, and why, is logged. A format that no engine asked for runs is simulated by eager.
+    Where only quantised precisions are asked for, a component that is not quantised (the decoder
+    beside a U-Net in INT8) is tried in floating point.
     """
+    found = _candidates(folder, component, config.precisions, config, device, log)
+    if not found and not any(is_floating(precision) for precision in config.precisions):
+        floating = FLOATING if device == "cuda" else ("fp32", "bf16")
+        log(f"{component} has no {' or '.join(config.precisions)}: tried in {', '.join(floating)}")
+        found = _candidates(folder, component, floating, config, device, log)
+    return found
+
+
+def _candidates(
+    folder: Path,
+    component: str,
+    precisions: Sequence[str],
+    config: BuildConfig,
+    device: str,
+    log: Log,
+) -> list[Candidate]:
     found: list[Candidate] = []
     for engine in config.engines:
         engine_version(engine)  # raises for one that is not installed
@@ -144,7 +162,7 @@ def candidates(
         for provider in providers:
             own = "cpu" if provider == "cpu" else device
             known = ON_DEVICE.get((engine, provider), PRECISIONS[engine])
-            for precision in config.precisions:
+            for precision in precisions:
                 one = Candidate(engine, precision, own, provider)
                 if precision not in known or one.simulated:
                     continue
@@ -153,7 +171,7 @@ def candidates(
                     continue
                 found += _by_target(one, config)
     real = {one.precision for one in found}
-    for precision in config.precisions:
+    for precision in precisions:
         if "eager" in config.engines and precision in SIMULATED and precision not in real:
             if _has_scales(folder, component, precision):
                 found.append(Candidate("eager", precision, "cpu"))
