@@ -84,6 +84,29 @@ def test_the_newest_row_of_a_subject_is_shown_with_its_record(tmp_path: Path) ->
     assert "ran in another environment: torch: 2.14.0 and 2.13.0" in text
 
 
+def test_a_subject_has_a_row_for_each_baseline(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = (
+        synthetic_row(rng, "eager", 11.0),
+        synthetic_row(rng, "x", 7.0, baseline_ms=11.0),
+        synthetic_row(rng, "x", 9.0, baseline_ms=8.0).model_copy(update={"baseline": "rival"}),
+    )
+    store(tmp_path, synthetic_record(1, rows=rows))
+    (table,) = [table for table in tables(render(tmp_path)) if "speed-up" in table[0]]
+    plain, against = (line for line in table[2:] if "| x |" in line)
+    assert "] over" not in plain and "] over rival" in against
+
+
+def test_what_failed_and_was_timed_later_is_no_longer_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    broken = Row(workload="sd15/unet", subject="x", batch=2, status="failed", reason="no more")
+    old = synthetic_record(1, rows=(synthetic_row(rng, "eager", 11.0), broken))
+    new = synthetic_record(2, days=1, rows=(synthetic_row(rng, "x", 7.0),))
+    assert [row.status for _, row in newest([old, new])] == ["ok", "ok"]
+    store(tmp_path, old, new)
+    assert "no more" not in render(tmp_path)
+
+
 def test_machines_have_a_section_each(tmp_path: Path) -> None:
     gpu = ENVIRONMENT.model_copy(update={"gpus": (GPU,)})
     rng = np.random.default_rng(0)

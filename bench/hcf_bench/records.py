@@ -26,6 +26,7 @@ RECORD_SCHEMA: Final = 1
 # time box. invalid: its output is wrong or its environment differs, so no time is kept.
 Status = Literal["ok", "missing", "failed", "timed_out", "invalid"]
 Provenance = Literal["measured", "published", "estimated"]
+REFERENCE: Final = "eager"  # fp32: what every output is held against
 
 
 class Memory(BaseModel):

@@ -16,7 +16,15 @@ from hcf_bench.published import (
     read_published,
     with_floors,
 )
-from hcf_bench.records import Profile, Record, Row, SelfTest, read_records, record_path
+from hcf_bench.records import (
+    REFERENCE,
+    Profile,
+    Record,
+    Row,
+    SelfTest,
+    read_records,
+    record_path,
+)
 from hcf_bench.report import (
     bounds_text,
     cell,
@@ -60,8 +68,9 @@ LEGEND: Final = """\
 How to read the tables
 
 - *speed-up*: time of the baseline over time of the row, median of interleaved pairs with its 95 %
-  interval. Absolute times drift with the state of a machine, and a baseline's own row is timed
-  before the pairs: divide no two of them, read this ratio.
+  interval; the baseline is eager PyTorch in fp32 where no other is named. Absolute times drift with
+  the state of a machine, and a baseline's own row is timed before the pairs: divide no two of them,
+  read this ratio.
 - *verdict*: FASTER, SAME or SLOWER only where the whole interval says so, else UNDECIDED. With a
   star the ratio is one of processor time, because other work kept the threads waiting.
 - *p50 [p90, p99]*: of warm calls; *first call* is the cold one and counts nowhere else.
@@ -109,12 +118,24 @@ def is_rendered(results: Path, target: Path) -> bool:
 
 
 def newest(records: Sequence[Record]) -> list[Dated]:
-    """Rows of records, oldest record first; of one subject only the newest is kept."""
-    found: dict[tuple[str, str, str, str, int], Dated] = {}
+    """Rows of records, oldest record first; of one subject against one baseline only the newest.
+
+    What failed once and was timed later, or the reverse, is shown as it was last.
+    """
+    found: dict[tuple[str, str, str, int, str, str], Dated] = {}
     for record in records:
         for row in record.rows:
-            key = (row.workload, row.subject, row.device, row.dtype, row.batch)
-            found[key] = (record, row)
+            subject = (row.workload, row.subject, row.device, row.batch)
+            outdated = [
+                key
+                for key, (earlier, other) in found.items()
+                if key[:4] == subject
+                and earlier is not record
+                and (other.status == "ok") != (row.status == "ok")
+            ]
+            for key in outdated:
+                del found[key]
+            found[*subject, row.dtype, row.baseline] = (record, row)
     return list(found.values())
 
 
@@ -182,7 +203,7 @@ def _rows(rows: Sequence[Dated]) -> str:
 def _order(row: Row, bases: set[tuple[str, str]]) -> tuple[str, bool, float, str, str, int]:
     """Workloads by name; in each the baseline first, then the fastest."""
     p50 = row_p50(row)
-    is_base = (row.workload, row.subject) in bases
+    is_base = row.speedup is None and (row.workload, row.subject) in bases
     time = float("inf") if p50 is None else p50
     return row.workload, not is_base, time, row.subject, row.dtype, row.batch
 
@@ -199,7 +220,7 @@ def _cells(record: Record, row: Row, bases: set[tuple[str, str]]) -> tuple[str, 
         str(row.batch),
         time,
         number_text(row.latency.first_ms if row.latency else None),
-        "baseline" if is_base else bounds_text(row.speedup),
+        "baseline" if is_base else speedup_text(row),
         verdict_text(row),
         number_text(row.throughput_per_s),
         percent_text(row.fraction_of_peak),
@@ -209,6 +230,12 @@ def _cells(record: Record, row: Row, bases: set[tuple[str, str]]) -> tuple[str, 
         precision_text(row.engine),
         _label(record),
     )
+
+
+def speedup_text(row: Row) -> str:
+    """The ratio with its interval; the baseline is named where it is not eager PyTorch."""
+    text = bounds_text(row.speedup)
+    return text if row.baseline in ("", REFERENCE) else f"{text} over {row.baseline}"
 
 
 def _memory(row: Row) -> str:

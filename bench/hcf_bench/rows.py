@@ -15,7 +15,7 @@ from hcf.engines import FORMATS
 from hcf.errors import HcfError, MissingDependency
 from hcf_bench.environment import usable_cores
 from hcf_bench.pairs import Subject, compare_subjects, output_distance, output_problems
-from hcf_bench.records import Row, Status
+from hcf_bench.records import REFERENCE, Row, Status
 from hcf_bench.remote import Worker, WorkerTimeout
 from hcf_bench.results import Latency
 from hcf_bench.roofline import floor_ms, fraction_of_peak, fraction_of_roofline
@@ -25,7 +25,6 @@ from hcf_bench.worker import Spec
 
 Log = Callable[[str], None]
 Emit = Callable[[str, Any], None]
-REFERENCE = "eager"  # fp32: what every output is held against
 LEAST_SAMPLES = 5
 
 
