@@ -220,7 +220,7 @@ def estimate_export(
         + 2 * found.activations,
         disk_bytes=int(sum(size / 4.0 for size in bytes_per_weight) * weights),
         movable={n: size for n, size in found.weights.items() if n != component},
-        fix="export fewer components or precisions at once, or `offload: disk`",
+        fix="export fewer components or precisions at once, or on a machine with more memory",
     )
 
 
