@@ -56,7 +56,9 @@ from hcf.settings import BuildConfig, ExportConfig, QuantizeConfig
 Log = Callable[[str], None]
 DEFAULT_CACHE_GB = 20.0
 # whose change makes engines that are kept stale
-SOURCES = ("hcf/quantize", "hcf/export", "hcf/engines", "hcf/feature_cache", "hcf/trace.py")
+SOURCES = (
+    "hcf/quantize", "hcf/export", "hcf/engines", "hcf/feature_cache", "hcf/lora", "hcf/trace.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

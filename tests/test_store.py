@@ -115,6 +115,8 @@ def test_a_code_hash_follows_files_and_templates(
     assert len(set(hashes)) == 3 and code_hash(names) == hashes[-1]
     (package / "two.py").write_text("not named")
     assert code_hash(names) == hashes[-1]
+    with pytest.raises(FileNotFoundError, match="three.py"):
+        code_hash(("somewhere/three.py",))
 
 
 def test_auto_takes_what_was_fastest_and_says_why(tiny_pipeline: Any, home: Path) -> None:
