@@ -11,6 +11,14 @@ import pytest
 import torch
 
 from hcf.errors import HcfError
+from hcf.export.estimate import (
+    LIBRARIES,
+    SCORE_COPIES,
+    TRACE_S,
+    AttentionScores,
+    ExportProbe,
+    estimate_export,
+)
 from hcf.quantize.calibration_cache import CalibrationRequest, open_calibration
 from hcf.quantize.estimate import (
     GIB,
@@ -18,7 +26,6 @@ from hcf.quantize.estimate import (
     available_memory,
     component_bytes,
     estimate_calibration,
-    estimate_export,
     estimate_quantization,
     estimate_sensitivity,
     fitted,
@@ -62,12 +69,31 @@ def test_estimates_follow_the_work(tiny_pipeline: Any) -> None:
     by_output = estimate_sensitivity(found, 100, 2, 8, 4, 10, "output")
     by_layer = estimate_sensitivity(found, 100, 2, 8, 4, 10, "layer")
     assert by_output.seconds == 2.0 * (800 + 8 + 4 * 12) > by_layer.seconds
-    one = estimate_export(found, 100, "unet")
-    both = estimate_export(found, 100, "unet", (4.0, 2.0))
-    assert one.disk_bytes == found.weights["unet"] and both.disk_bytes == 1.5 * one.disk_bytes
-    assert both.host_bytes > one.host_bytes > found.resident + found.weights["unet"]
     assert "unet" in once.movable and "unet" not in by_output.movable
     assert "about 2 min" in str(scaled(once, 10)) and "h," in str(scaled(once, 1000))
+
+
+def test_an_export_is_estimated_by_where_its_weights_lie() -> None:
+    weights = {"unet": GIB // 2, "vae": GIB // 4}
+    found = ExportProbe("unet", "unet", weights, 100, 2.0, 100, 5 * GIB, 0)
+    one, both = estimate_export(found), estimate_export(found, ("fp32", "fp16"))
+    assert one.seconds == 100 * TRACE_S + 6 * 2.0 and both.seconds == one.seconds + 3 * 2.0
+    assert one.disk_bytes == GIB // 2 and both.disk_bytes == 1.5 * one.disk_bytes
+    base = found.resident + LIBRARIES + 100
+    assert one.host_bytes == base + GIB and both.host_bytes == base + GIB * 5 // 4
+    assert one.movable == {"vae": GIB // 4} and one.stage == "export of unet"
+    mapped = replace(found, weights={"unet": 3 * GIB // 2}, scores=10)
+    assert estimate_export(mapped).host_bytes == base + 3 * GIB // 2 + SCORE_COPIES * 10
+    offloaded = estimate_export(replace(found, weights={"unet": 10 * GIB}))
+    assert offloaded.host_bytes == base and offloaded.disk_bytes == 20 * GIB
+
+
+def test_attention_scores_are_those_of_the_largest(tiny_pipeline: Any) -> None:
+    unet = tiny_pipeline.unet
+    with AttentionScores() as seen, torch.no_grad():
+        unet(torch.randn(3, 4, 16, 16), 1, torch.randn(3, 16, 32))
+    heads = unet.config.attention_head_dim[1]  # the first level has no attention
+    assert seen.bytes == 4 * 3 * heads * (8 * 8) ** 2
 
 
 def test_disk_is_what_the_cache_takes(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,20 +29,19 @@ def offloaded(module: nn.Module, folder: Path) -> Iterator[bool]:
         yield False
         return
     path = folder / "weights.offloaded"
+    held = [tensor for tensor in tensors if tensor.is_contiguous() and tensor.nbytes]
+    offsets: list[int] = []
     try:
-        _map(tensors, path)
+        _map(held, offsets, path)
         gc.collect()
         yield True
     finally:
-        for tensor in tensors:
-            tensor.data = tensor.data.clone()
+        _read(held, offsets, path)
         path.unlink(missing_ok=True)
 
 
-def _map(tensors: list[Tensor], path: Path) -> None:
-    """Writes `tensors` one after the other and points each at its place in the file."""
-    held = [tensor for tensor in tensors if tensor.is_contiguous() and tensor.nbytes]
-    offsets: list[int] = []
+def _map(held: list[Tensor], offsets: list[int], path: Path) -> None:
+    """Writes tensors one after the other and points each at its place in the file."""
     with path.open("wb") as file:
         for tensor in held:
             file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
@@ -54,3 +54,11 @@ def _map(tensors: list[Tensor], path: Path) -> None:
         mapped = torch.empty(0, dtype=tensor.dtype)
         mapped.set_(storage, offset // tensor.element_size(), tensor.shape, tensor.stride())  # type: ignore[arg-type]
         tensor.data = mapped
+
+
+def _read(held: list[Tensor], offsets: list[int], path: Path) -> None:
+    """Tensors back into memory: read from the file, since pages of a mapping would count twice."""
+    for tensor, offset in zip(held, offsets, strict=True):
+        count = tensor.nbytes
+        raw = torch.from_numpy(np.fromfile(path, np.uint8, count, offset=offset))
+        tensor.data = raw.view(tensor.dtype).view(tensor.shape)

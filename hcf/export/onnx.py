@@ -18,7 +18,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from hcf.export.component import (
     output_names,
     with_batch,
 )
+from hcf.export.estimate import AttentionScores, ExportProbe, estimate_export
 from hcf.export.graphs import (
     FP32_GRAPH,
     INT8_GRAPH,
@@ -61,15 +62,7 @@ from hcf.export.parity import (
 from hcf.export.precision import Lowering, lower, matching, raise_opset
 from hcf.export.quantized import export_quantized, export_quantized_step, is_quantized
 from hcf.export.simplify import PassRecord, simplify
-from hcf.quantize.estimate import (
-    Estimate,
-    Probe,
-    component_bytes,
-    estimate_export,
-    fitted,
-    peak_memory,
-    require_disk,
-)
+from hcf.quantize.estimate import component_bytes, fitted, peak_memory, require_disk
 from hcf.settings import ExportConfig
 from hcf.source import open_pipeline
 from hcf.trace import own_size
@@ -170,38 +163,23 @@ def _export_all(
     cases = parity_cases(pipe, component, config)
     module = component_module(pipe, component, list(cases[0]))
     started = time.perf_counter()
-    with peak_memory() as memory:
+    with peak_memory() as memory, AttentionScores() as attention:
         wanted = torch_outputs(module, cases)
     step_s = (time.perf_counter() - started) / len(cases)
-    estimate = _estimate(pipe, component, config, step_s, *memory)
+    found = ExportProbe(
+        component=component,
+        owner=_owner(component),
+        weights=component_bytes(pipe),
+        layers=sum(isinstance(m, nn.Linear | nn.Conv2d) for m in module.modules()),
+        step_s=step_s,
+        activations=memory[0] - memory[1],
+        resident=memory[1],
+        scores=attention.bytes,
+    )
+    estimate = estimate_export(found, config.precisions)
     require_disk(estimate, folder)
     with fitted(pipe, estimate, "auto", log):
         return _write_all(pipe, component, folder, config, module, cases, wanted, log)
-
-
-def _estimate(
-    pipe: Any, component: str, config: ExportConfig, step_s: float, peak: int, before: int
-) -> Estimate:
-    """What the graphs of `component` will take, from what its forwards in torch took."""
-    owner = _owner(component)
-    module: nn.Module = getattr(pipe, owner)
-    found = Probe(
-        batch=1,
-        component=owner,
-        weights=component_bytes(pipe),
-        setup_s=0.0,
-        step_s=step_s,
-        calls=1,
-        activations=peak - before,
-        resident=before,
-        call_bytes=0,
-        shared_bytes=0,
-        largest=max(parameter.nbytes for parameter in module.parameters()),
-    )
-    layers = sum(isinstance(m, nn.Linear | nn.Conv2d) for m in module.modules())
-    low = [2.0 for precision in config.precisions if precision != "fp32"]
-    estimate = estimate_export(found, layers, owner, (4.0, *low))
-    return replace(estimate, stage=f"export of {component}")
 
 
 def _write_all(

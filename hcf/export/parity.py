@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from hcf.errors import HcfError, MissingDependency
 from hcf.export.component import relative_error
+from hcf.export.graphs import EXTERNAL_FROM_BYTES
 from hcf.export.precision import FP16_LIMIT, ISLAND_MODULES, MASK, matching
 
 Runner = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 Case = Mapping[str, Tensor]
 
 NOT_CHECKED = "not checked"
-LARGE_BYTES = 2**30  # of weights beside the graph: they are used where they are mapped
+LARGE_BYTES = EXTERNAL_FROM_BYTES  # weights beside the graph are used where they are mapped
 REFERENCE_BYTES = 32 * 2**20  # of graph: the reference evaluator is slow
 
 

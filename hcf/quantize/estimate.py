@@ -4,7 +4,6 @@ One batch of the pipeline is run for a step or two (`probe`); everything else fo
 
     calibrate     batches x (setup + calls x step); activations + the calls of one batch
     quantise      2 passes for statistics and 4 for the report; the rounded weights, while few
-    export        the weights again as a graph, and again while it is run against torch
     sensitivity   layers x formats x calls passes, half of each on average (the rest is replayed)
 
 Host memory is the peak resident set of this process, so that it can be compared with what the
@@ -34,11 +33,8 @@ from hcf.quantize.simulate import HELD_BYTES
 from hcf.trace import DenoiserCall, denoiser_name, record_calls
 
 Log = Callable[[str], None]
-EXPORT_LIBRARIES = 200 * 2**20  # onnx, onnxscript, onnxruntime and the exporter's own, measured
-LARGE_GRAPH = 2 * 2**30  # bytes of weights from which they lie beside the graph and are mapped
 ROUNDED_BYTES_PER_S = 4e8  # of float32 weights, on one core
 ROUNDING_COPIES = 6  # of the largest weight while it is rounded, measured
-TRACE_S = 0.12  # seconds a layer to trace and write, on one core: a rule of thumb
 STEADY_STEP_S = 2.0  # shorter steps are timed more than once
 GIB = 2**30
 STATUS = Path("/proc/self/status")
@@ -195,32 +191,6 @@ def estimate_quantization(
         disk_bytes=calls,
         movable={n: size for n, size in found.weights.items() if n != found.component},
         fix="use fewer calibration_calls, a smaller batch_size or size, or `offload: disk`",
-    )
-
-
-def estimate_export(
-    found: Probe, layers: int, component: str, bytes_per_weight: Sequence[float] = (4.0,)
-) -> Estimate:
-    """ONNX graphs of `component` with `layers` layers, one for each of `bytes_per_weight`.
-
-    The graph's weights lie beside torch's; more than 2 GB are mapped from their file, less are
-    copied once more by the runtime that checks the graph.
-    """
-    weights = found.weights[component]
-    copies = 2.0 if weights < LARGE_GRAPH else 1.0
-    if len(bytes_per_weight) > 1:
-        copies += max(bytes_per_weight[1:]) / 4.0
-    checks = 3 * len(bytes_per_weight) + 3
-    return Estimate(
-        stage=f"export of {component}",
-        seconds=layers * TRACE_S + checks * found.step_s,
-        host_bytes=found.resident
-        + EXPORT_LIBRARIES
-        + int(copies * weights)
-        + 2 * found.activations,
-        disk_bytes=int(sum(size / 4.0 for size in bytes_per_weight) * weights),
-        movable={n: size for n, size in found.weights.items() if n != component},
-        fix="export fewer components or precisions at once, or on a machine with more memory",
     )
 
 
