@@ -23,7 +23,7 @@ demo: .venv/.installed
 check: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p hcf -p taiji -p hcf_bench
+	$(BIN)/mypy -p hcf -p hcf_kernels -p taiji -p hcf_bench
 
 # One process a core with one thread each is twice as fast as one process with all the threads:
 # most tests are too small to share out. A file stays in one process, for its fixtures.

@@ -1,0 +1,1 @@
+"""What runs on a GPU: Triton kernels with their launchers, and those compiled from csrc/."""
