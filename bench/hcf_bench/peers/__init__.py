@@ -128,6 +128,7 @@ def _all_peers() -> dict[str, Peer]:
         compiled,
         deepcache,
         eager,
+        fused,
         onnxruntime,
         openvino,
         own,
@@ -135,7 +136,7 @@ def _all_peers() -> dict[str, Peer]:
         torchao,
     )
 
-    adapters = (eager, compiled, torchao, onnxruntime, openvino, own, tensorrt, deepcache)
+    adapters = (eager, compiled, fused, torchao, onnxruntime, openvino, own, tensorrt, deepcache)
     return {peer.name: peer for adapter in adapters for peer in adapter.ADAPTED}
 
 

@@ -204,10 +204,11 @@ def launch(
 ) -> Tensor:  # fmt: skip
     """Runs the kernels for `hcf::group_norm_silu` and its quantised form; arguments as there.
 
-    x that is neither NCHW nor channels_last is made NCHW first, at the cost of a copy.
+    NHWC is channels_last, or tokens (B, L, C) seen as (B, C, L). x that is neither that nor NCHW is
+    made NCHW first, at the cost of a copy.
     """
     y = torch.empty_like(x, dtype=dtype or x.dtype)
-    nhwc = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    nhwc = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
     dense = nhwc or x.is_contiguous()
     source = x if dense else x.contiguous()
     target = y if dense else torch.empty_like(source, dtype=y.dtype)

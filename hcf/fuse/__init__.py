@@ -1,0 +1,222 @@
+"""The only place where models meet kernels: fused kernels into a model's modules, and out again.
+
+    report = hcf.fuse(pipe)         # or one of its models; print(report) says what it swapped
+    hcf.unfuse(pipe)                # every module as it was
+
+For UNet2DConditionModel, ControlNetModel, AutoencoderKL and VQModel, by the structure of their
+blocks. Parameters, names, config and class tests stay, so adapters, `save_pretrained`,
+`torch.compile(fullgraph=True)` and simulated quantisation work on a fused model. Kernels are for
+inference: a gradient through one is an error of torch that names it.
+
+`DEFAULTS` holds what pays on a device, end to end, as measured; every operator can be named.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from hcf.errors import RecipeError
+
+Op = Literal["group_norm_silu", "layer_norm", "geglu", "attention"]
+OPS: tuple[Op, ...] = get_args(Op)
+DEFAULTS: dict[str, tuple[Op, ...]] = {"cuda": OPS, "cpu": OPS}
+ORIGINAL = "_hcf_unfused"  # on a swapped module: the class it had, or an attention's processor
+
+Reason = Callable[[Any], str | None]
+
+
+@dataclass
+class FuseReport:
+    """What was swapped: {module: operator}, and what was not: {module: why}."""
+
+    swapped: dict[str, Op] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def counts(self) -> dict[Op, int]:
+        """{operator: modules that use it}."""
+        return dict(Counter(self.swapped.values()))
+
+    def __str__(self) -> str:
+        made = ", ".join(f"{op} in {count}" for op, count in self.counts().items())
+        lines = [f"fused: {made or 'nothing'}"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.kept.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"not {names[0]}{more}: {reason}")
+        return "\n".join(lines)
+
+
+def fuse(model: Any, ops: Sequence[Op] | None = None) -> FuseReport:
+    """Swaps the modules of a pipeline or model that the kernels `ops` are for; returns what it did.
+
+    Without `ops` those of `DEFAULTS` for the device the weights are on. A model that is fused
+    already is unfused first. Raises RecipeError for an unknown operator or a model with no module
+    that any of them is for.
+    """
+    parts = _parts(model)
+    for op in ops or ():
+        if op not in OPS:
+            raise RecipeError(f"unknown operator {op!r}", fix=f"use {', '.join(OPS)}")
+    unfuse(model)
+    report = FuseReport()
+    for prefix, part in parts.items():
+        wanted = DEFAULTS[_device(part)] if ops is None else tuple(ops)
+        _fuse_part(prefix, part, wanted, report)
+    if not report.swapped and not report.kept:
+        names = ", ".join(type(part).__name__ for part in parts.values())
+        raise RecipeError(
+            f"nothing in {names} is of a kind that fused kernels are for",
+            fix="give a UNet2DConditionModel, ControlNetModel, AutoencoderKL or VQModel",
+        )
+    return report
+
+
+def unfuse(model: Any) -> int:
+    """Every swapped module of a pipeline or model as it was; how many there were."""
+    count = 0
+    for part in _parts(model).values():
+        for module in part.modules():
+            original = module.__dict__.pop(ORIGINAL, None)
+            if original is None:
+                continue
+            if isinstance(original, type):
+                module.__class__ = original
+            else:
+                module.processor = original  # type: ignore[assignment]
+            count += 1
+    return count
+
+
+def is_fused(model: Any) -> bool:
+    """Whether any module of a pipeline or model is swapped."""
+    return any(
+        ORIGINAL in module.__dict__ for part in _parts(model).values() for module in part.modules()
+    )
+
+
+@contextmanager
+def unfused(model: Any) -> Iterator[None]:
+    """Inside, the model computes with torch's own operators, as what reads its graph expects."""
+    swapped = {
+        module: (module.__class__, getattr(module, "processor", None))
+        for part in _parts(model).values()
+        for module in part.modules()
+        if ORIGINAL in module.__dict__
+    }
+    originals = {module: module.__dict__[ORIGINAL] for module in swapped}
+    unfuse(model)
+    try:
+        yield
+    finally:
+        for module, (kind, processor) in swapped.items():
+            module.__dict__[ORIGINAL] = originals[module]
+            if isinstance(originals[module], type):
+                module.__class__ = kind
+            else:
+                module.processor = processor  # type: ignore[assignment]
+
+
+def _fuse_part(prefix: str, part: nn.Module, ops: Sequence[Op], report: FuseReport) -> None:
+    from hcf.fuse import modules as fused
+
+    absorbed: set[nn.Module] = set()  # norms that a swapped block calls the kernel for
+    names = {module: f"{prefix}{name}" for name, module in part.named_modules()}
+    if "group_norm_silu" in ops:
+        _fuse_norms(part, names, report, absorbed)
+    if "layer_norm" in ops:
+        for module in _of_kind(part, nn.LayerNorm):
+            _swap(module, fused.FusedLayerNorm, "layer_norm", names, report)
+    if "geglu" in ops:
+        for module in _of_kind(part, fused.GEGLU):
+            _swap(module, fused.FusedGEGLU, "geglu", names, report)
+    if "attention" in ops:
+        for module in _of_kind(part, fused.Attention):
+            if (reason := fused.takes_processor(module)) is not None:
+                report.kept[names[module]] = reason
+                continue
+            module.__dict__[ORIGINAL] = module.processor
+            module.processor = fused.FusedAttnProcessor()
+            report.swapped[names[module]] = "attention"
+
+
+def _fuse_norms(
+    part: nn.Module,
+    names: Mapping[nn.Module, str],
+    report: FuseReport,
+    absorbed: set[nn.Module],
+) -> None:
+    """Residual blocks, the norm and SiLU at a model's end, then the norms that stand alone."""
+    from hcf.fuse import modules as fused
+
+    for block in _of_kind(part, fused.ResnetBlock2D):
+        absorbed |= {block.norm1, block.norm2}
+        if (reason := fused.takes_resnet(block)) is not None:
+            report.kept[names[block]] = reason
+            continue
+        _swap(block, fused.FusedResnetBlock2D, "group_norm_silu", names, report)
+    for module in list(part.modules()):
+        norm, act = (getattr(module, name, None) for name in ("conv_norm_out", "conv_act"))
+        if type(norm) is nn.GroupNorm and type(act) is nn.SiLU:
+            absorbed.add(norm)
+            _swap(norm, fused.FusedGroupNormSiLU, "group_norm_silu", names, report)
+            act.__dict__[ORIGINAL] = nn.SiLU
+            act.__class__ = fused.AbsorbedSiLU
+    for module in _of_kind(part, nn.GroupNorm):
+        if module in absorbed:
+            continue
+        if module.weight is None:
+            report.kept[names[module]] = "its norm has no weight"
+            continue
+        _swap(module, fused.FusedGroupNorm, "group_norm_silu", names, report)
+
+
+def _swap(
+    module: nn.Module,
+    kind: type[nn.Module],
+    op: Op,
+    names: Mapping[nn.Module, str],
+    report: FuseReport,
+) -> None:
+    module.__dict__[ORIGINAL] = type(module)
+    module.__class__ = kind
+    report.swapped[names[module]] = op
+
+
+def _of_kind(part: nn.Module, kind: type[nn.Module]) -> list[Any]:
+    """Modules of exactly this class whose forward nobody has replaced."""
+    return [m for m in part.modules() if type(m) is kind and "forward" not in m.__dict__]
+
+
+def _parts(model: Any) -> dict[str, nn.Module]:
+    """{prefix of names: module}: the components of a pipeline that kernels are for, or the model.
+
+    RecipeError for what is neither.
+    """
+    if isinstance(model, nn.Module):
+        return {"": model}
+    components = getattr(model, "components", None)
+    if not isinstance(components, Mapping):
+        raise RecipeError(
+            f"a {type(model).__name__} is neither a pipeline nor a model",
+            fix="give a diffusers pipeline, or one of its models",
+        )
+    wanted = ("unet", "transformer", "controlnet", "vae")
+    found = {f"{n}.": components[n] for n in wanted if isinstance(components.get(n), nn.Module)}
+    if not found:
+        raise RecipeError(
+            f"{type(model).__name__} has none of {', '.join(wanted)}", fix="give a model itself"
+        )
+    return found
+
+
+def _device(part: nn.Module) -> str:
+    kind = next(part.parameters()).device.type
+    return kind if kind in DEFAULTS else "cpu"

@@ -1,0 +1,199 @@
+"""Modules of diffusers with fused kernels in their forward: the same parameters, names and config.
+
+A module is swapped by changing its class, so it stays the object it was for `state_dict`, adapters
+and hooks, and changing the class back undoes it. Layers that adapters or simulated quantisation
+have taken over are called as modules; only the kernels around them are fused then.
+
+B batch, C channels, H W size, L image tokens, S text tokens, D width, N heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from hcf_kernels.geglu import geglu, geglu_gate
+from hcf_kernels.layer_norm import layer_norm
+from torch import Tensor, nn
+
+from hcf_kernels.attention import SHORT, attention
+from hcf_kernels.group_norm_silu import group_norm_silu
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is just a `kind`: no adapter, no replaced forward, no hook."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is kind and "forward" not in module.__dict__ and not hooked
+
+
+def normalise(
+    norm: nn.GroupNorm, x: Tensor, silu: bool = True, add: Tensor | None = None,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """x (B, C, ...), add (B, C), scale and shift (B, C) -> (B, C, ...)"""
+    weight, bias = norm.weight, norm.bias
+    if scale_shift is not None:
+        scale, shift = scale_shift
+        weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+    return group_norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu, add)
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """GroupNorm without an activation: before a transformer, in a first stage's attention."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (B, C, ...) -> (B, C, ...)"""
+        return normalise(self, input, silu=False)
+
+
+class FusedGroupNormSiLU(nn.GroupNorm):
+    """GroupNorm and the SiLU after it, which is an `AbsorbedSiLU` then."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (B, C, ...) -> (B, C, ...)"""
+        return normalise(self, input)
+
+
+class AbsorbedSiLU(nn.SiLU):
+    """Does nothing: the norm before it has done it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x -> x"""
+        return input
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)"""
+        return layer_norm(input, self.weight, self.bias, self.eps)
+
+
+class FusedGEGLU(GEGLU):
+    """The projection with the gate in its epilogue; the gate alone where an adapter projects."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """x (..., D) -> (..., inner)"""
+        if is_plain(self.proj, nn.Linear):
+            return geglu(hidden_states, self.proj.weight, self.proj.bias)
+        return geglu_gate(self.proj(hidden_states))
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """Norm, SiLU, time embedding and scale-shift as one kernel before each convolution."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:  # type: ignore[override]
+        """x (B, C, H, W), temb (B, T) -> (B, C', H', W')"""
+        x, h = input_tensor, normalise(self.norm1, input_tensor)
+        resample = self.upsample or self.downsample
+        if resample is not None:
+            x, h = resample(x), resample(h)
+        h = self.conv1(h)
+        add = scale_shift = None
+        if self.time_emb_proj is not None and temb is not None:
+            embedded = temb if self.skip_time_act else self.nonlinearity(temb)
+            projected = self.time_emb_proj(embedded)
+            if self.time_embedding_norm == "scale_shift":
+                scale, shift = projected.chunk(2, dim=1)
+                scale_shift = scale, shift
+            else:
+                add = projected
+        h = self.conv2(self.dropout(normalise(self.norm2, h, True, add, scale_shift)))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        out = x + h
+        return out if self.output_scale_factor == 1.0 else out / self.output_scale_factor
+
+
+class FusedAttnProcessor:
+    """Attention to a short text with its keys on chip; everything else as `AttnProcessor2_0`."""
+
+    def __init__(self) -> None:
+        self.library = AttnProcessor2_0()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """x (B, L, D), text (B, S, D'), mask (B, 1, S) added to the scores -> (B, L, D)"""
+        text = encoder_hidden_states
+        per_key = attention_mask is None or (
+            attention_mask.ndim == 3 and attention_mask.shape[1] == 1
+        )
+        if text is None or text.shape[1] > SHORT or not per_key or hidden_states.ndim != 3:
+            return self.library(attn, hidden_states, text, attention_mask, temb, **kwargs)
+        residual = hidden_states
+        if attn.norm_cross:
+            text = attn.norm_encoder_hidden_states(text)
+        batch, tokens, _ = hidden_states.shape
+        q, k, v = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
+        q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if attn.norm_q is not None:
+            q = attn.norm_q(q)
+        if attn.norm_k is not None:
+            k = attn.norm_k(k)
+        key_bias = None if attention_mask is None else attention_mask[:, 0]
+        o = attention(q, k, v, key_bias).transpose(1, 2).reshape(batch, tokens, -1)
+        o = attn.to_out[1](attn.to_out[0](o))
+        o = o + residual if attn.residual_connection else o
+        return o if attn.rescale_output_factor == 1.0 else o / attn.rescale_output_factor
+
+
+def takes_processor(attn: Attention) -> str | None:
+    """None where `FusedAttnProcessor` computes what this attention does, else why not."""
+    kind = type(attn.processor)
+    if kind is not AttnProcessor2_0:
+        return f"its processor is {kind.__name__}"
+    if attn.spatial_norm is not None or attn.group_norm is not None:
+        return "it norms over space first"
+    return None
+
+
+def takes_resnet(block: ResnetBlock2D) -> str | None:
+    """None where `FusedResnetBlock2D` computes what this block does, else why not."""
+    if not isinstance(block.nonlinearity, nn.SiLU):
+        return f"its activation is {type(block.nonlinearity).__name__}"
+    if block.time_embedding_norm not in ("default", "scale_shift"):
+        return f"its time embedding is of kind {block.time_embedding_norm}"
+    for norm in (block.norm1, block.norm2):
+        if not is_plain(norm, nn.GroupNorm) or norm.weight is None:
+            return f"its norm is {type(norm).__name__}"
+    return None
+
+
+def takes_upsample(block: Upsample2D) -> str | None:
+    """None where the upsampling convolution computes what this block does, else why not."""
+    conv = getattr(block, "conv", None)
+    if not block.use_conv or block.use_conv_transpose or not block.interpolate or block.norm:
+        return "it is not nearest-neighbour with a convolution"
+    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (3, 3):
+        return "its convolution is not 3x3"
+    return None
+
+
+def interpolated(x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """x (B, C, H, W) -> nearest neighbours at twice the size, or at `size`"""
+    if size is None:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+def is_twice(x: Tensor, size: Any) -> bool:
+    """Whether `size` is None or twice that of x (B, C, H, W)."""
+    return size is None or tuple(size) == (2 * x.shape[-2], 2 * x.shape[-1])
+
+
+def no_grad_needed(x: Tensor) -> bool:
+    """Whether torch would not have to differentiate through a kernel."""
+    return not (torch.is_grad_enabled() and x.requires_grad)
