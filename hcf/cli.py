@@ -146,7 +146,13 @@ for verb in (
     app.command()(verb)
 app.command()(cli_measure.check)
 app.command()(cli_measure.decoder)
-for timed in (cli_suite.peers, cli_suite.profile, cli_suite.suite, cli_suite.gpu):
+for timed in (
+    cli_suite.peers,
+    cli_suite.profile,
+    cli_suite.kernels,
+    cli_suite.suite,
+    cli_suite.gpu,
+):
     cli_bench.bench.command()(timed)
 app.add_typer(cli_bench.bench, name="bench")
 app.add_typer(cli_data.data, name="data")

@@ -169,6 +169,55 @@ def gpu(
     _run_suite(found, output, budget_s, parts_folder, resume, only or (), None, None, None, format)
 
 
+def kernels(
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Calls whose text holds this; repeatable.")
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Find the fastest configurations instead.")
+    ] = False,
+    tables: Annotated[Path, typer.Option("--tables", help="Where --tune keeps them.")] = Path(
+        "kernels/hcf_kernels/tables"
+    ),
+    compiler: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Beside torch.compile max-autotune.")
+    ] = True,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="PRESET/unet, ...; repeatable.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32, bf16 or fp16.")] = "bf16",
+    most: Annotated[int | None, typer.Option(min=1, help="Calls, the costliest first.")] = None,
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds in all.")] = BUDGET_S,
+    device: DeviceOption = "cpu",
+    output: FolderOption = Path("out/kernels"),
+    format: FormatOption = Format.human,
+) -> None:
+    """Time every fused kernel over the shapes models ask for, or tune them for this GPU."""
+    from itertools import islice
+
+    from hcf_bench import kernels as work
+    from hcf_bench.kernel_calls import calls_of
+
+    log: Log = make_log(format)
+    calls = dict(islice(work.select(calls_of(model, dtype), only or ()).items(), most))
+    if tune:
+        if not device.startswith("cuda"):
+            raise MissingDependency("kernels are tuned on a GPU", "give --device cuda")
+        path = work.write_table(work.tune_calls(calls, device, budget_s, log), tables, device)
+        return finish(format, f"wrote {path}", {"table": str(path)})
+    record = work.run_kernels(
+        calls, device=device, compiles=compiler, budget_s=budget_s, command=command_line(), log=log
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    text = record.model_dump_json(indent=1)
+    (temporary := output / "kernels.json.tmp").write_text(text, encoding="utf-8")
+    temporary.replace(output / "kernels.json")
+    finish(format, work.kernel_table(record), record.model_dump(mode="json"))
+    failed = [f"  {row.call}: {row.failed['ours']}" for row in record.rows if "ours" in row.failed]
+    if failed:
+        raise RowsFailed(f"{len(failed)} of {len(record.rows)} calls failed:\n" + "\n".join(failed))
+
+
 def _run_suite(
     config: SuiteConfig,
     output: Path,

@@ -191,6 +191,8 @@ class ExportConfig(Config):
     graph against torch (fp32: `tolerance`; fp16, bf16: from the graph's depth where not given).
     `islands`: module name patterns (fnmatch) that stay float32 in fp16 and bf16 graphs.
     `force_upcast` "measured": a first stage's `force_upcast` counts only where float16 overflows.
+    `kernels`: of a model that `hcf.fuse` has changed, "plain" operators, or "functions" of the
+    domain hcf, which TensorRT can replace by plugins (`hcf.export.functions`; dynamo only).
     """
 
     components: list[str] | None = None
@@ -204,7 +206,14 @@ class ExportConfig(Config):
     tolerances: dict[GraphPrecision, float] = {}
     islands: list[str] = []
     force_upcast: Literal["config", "measured"] = "config"
+    kernels: Literal["plain", "functions"] = "plain"
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _functions_need_dynamo(self) -> ExportConfig:
+        if self.kernels == "functions" and self.exporter != "dynamo":
+            raise ValueError("kernels: functions needs exporter: dynamo")
+        return self
 
 
 class ShapeProfile(Config):

@@ -125,6 +125,7 @@ def test_scale_shift_and_resampling_blocks() -> None:
         {"down": True},
         {"output_scale_factor": 2.0, "out_channels": 16},
         {"skip_time_act": True},
+        {"non_linearity": "gelu"},
     ):
         block = ResnetBlock2D(in_channels=32, temb_channels=24, groups=8, **options).eval()
         nn.init.normal_(block.norm2.weight)
@@ -138,14 +139,14 @@ def test_scale_shift_and_resampling_blocks() -> None:
 def test_what_is_kept_is_named_with_its_reason() -> None:
     unet = make_tiny_pipeline().unet
     block = unet.mid_block.resnets[0]
-    block.nonlinearity = nn.GELU()
+    block.nonlinearity = nn.ReLU()
     attn = unet.mid_block.attentions[0].transformer_blocks[0].attn1
     attn.processor = AttnProcessor()
     before = call(unet)
     report = fuse(unet)
-    assert report.kept["mid_block.resnets.0"] == "its activation is GELU"
+    assert report.kept["mid_block.resnets.0"] == "its activation is ReLU()"
     assert "AttnProcessor" in report.kept["mid_block.attentions.0.transformer_blocks.0.attn1"]
-    assert "not mid_block.resnets.0: its activation is GELU" in str(report)
+    assert "not mid_block.resnets.0: its activation is ReLU()" in str(report)
     assert not isinstance(block.norm1, type(None)) and type(block.norm1) is nn.GroupNorm
     torch.testing.assert_close(call(unet), before, **CLOSE)
 

@@ -45,7 +45,7 @@ def arguments(
         x = x.to(memory_format=torch.channels_last)
     size = shape[:2] if per_image else shape[1:2]
     weight, bias, add = noise(*size), noise(*size), noise(*shape[:2])
-    return x, weight.to(dtype), bias.to(dtype), groups, EPS, True, add.to(dtype)
+    return x, weight.to(dtype), bias.to(dtype), groups, EPS, "silu", add.to(dtype)
 
 
 @pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
@@ -65,8 +65,11 @@ def test_triton_kernels_in_the_interpreter(
 def test_what_stands_around_it_can_be_left_out_or_be_per_image(config: Any) -> None:
     for nhwc in (False, True):
         x, weight, bias, groups, eps, _, add = arguments((2, 12, 6, 5), 3, torch.float32, nhwc)
-        plain = (x, weight, bias, groups, eps, False)
+        plain = (x, weight, bias, groups, eps, "none")
         assert_as_close_as_torch(launch(*plain, config=config), group_norm_silu_ref, *plain)
+        gelu = (*plain[:-1], "gelu", add)
+        assert_as_close_as_torch(launch(*gelu, config=config), group_norm_silu_ref, *gelu)
+        assert_as_close_as_torch(group_norm_silu(*gelu), group_norm_silu_ref, *gelu)
         made = arguments((2, 12, 6, 5), 3, torch.float32, nhwc, per_image=True)
         assert_as_close_as_torch(launch(*made, config=config), group_norm_silu_ref, *made)
 
@@ -147,10 +150,12 @@ def test_what_does_not_fit_is_refused_with_its_shape() -> None:
         group_norm_silu(x, weight, bias, groups, eps, silu, add[:1])
     with pytest.raises(ValueError, match="both"):
         group_norm_silu(x, weight, add, groups, eps)
+    with pytest.raises(ValueError, match="none, silu, gelu, not relu"):
+        group_norm_silu(x, weight, bias, groups, eps, "relu")
     with pytest.raises(ValueError, match="float64 of"):
         group_norm_silu(x.double(), weight, bias, groups, eps)
     with pytest.raises(ValueError, match="int8 or float8_e4m3fn, not torch.int32"):
-        group_norm_silu_quantized(x, weight, bias, groups, eps, True, add[0, 0], torch.int32)
+        group_norm_silu_quantized(x, weight, bias, groups, eps, silu, add[0, 0], torch.int32)
 
 
 @pytest.mark.gpu

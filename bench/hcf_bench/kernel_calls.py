@@ -90,8 +90,9 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         if func.namespace == NAMESPACE:
             given = [*args, *(kwargs or {}).values()]
-            fixed = tuple(TensorSpec.of(a) if isinstance(a, Tensor) else a for a in given)
-            self.calls[KernelCall(func._overloadpacket.__name__, fixed)] += 1
+            op = func._overloadpacket.__name__
+            fixed = (_recorded(op, a) if isinstance(a, Tensor) else a for a in given)
+            self.calls[KernelCall(op, tuple(fixed))] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -105,12 +106,21 @@ def model_calls(workload: str, batch: int, dtype: str = "bf16") -> Counter[Kerne
     return recorder.calls
 
 
-def all_calls(dtype: str = "bf16") -> Counter[KernelCall]:
-    """{call: how often, over one forward of each of MODELS}."""
+def calls_of(workloads: Sequence[str] | None = None, dtype: str = "bf16") -> Counter[KernelCall]:
+    """{call: how often, over one forward of each workload}; of MODELS without names."""
+    chosen = MODELS if not workloads else [(w, find_workload(w).batch) for w in workloads]
     found: Counter[KernelCall] = Counter()
-    for workload, batch in MODELS:
+    for workload, batch in chosen:
         found.update(model_calls(workload, batch, dtype))
     return found
+
+
+def _recorded(op: str, tensor: Tensor) -> TensorSpec:
+    """Images in channels_last, which convolutions keep to on a GPU and not on the meta device."""
+    if op.startswith(("group_norm", "conv", "upsample")) and tensor.ndim in (3, 4):
+        moved = tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+        return TensorSpec.of(moved)
+    return TensorSpec.of(tensor)
 
 
 def _word(spec: TensorSpec) -> str:

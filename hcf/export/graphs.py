@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from hcf.artifact import hash_file
 from hcf.errors import HcfError, MissingDependency
 from hcf.export.component import PIXELS
+from hcf.export.functions import attach_bodies, translations
 from hcf.export.inspect import inspect_onnx
 from hcf.export.simplify import PassRecord, simplify
+from hcf.fuse import unfused
 from hcf.settings import ExportConfig
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ def write_graph(
     require_onnx()
     path.parent.mkdir(parents=True, exist_ok=True)
     trace = _dynamo if config.exporter == "dynamo" else _torchscript
-    with _quiet(), torch.no_grad(), _exporter_errors(config):
+    plain = unfused(module) if config.kernels == "plain" else contextlib.nullcontext()
+    with _quiet(), torch.no_grad(), _exporter_errors(config), plain:
         with trace(module, inputs, outputs, path, config) as model:
             records = simplify(model, config.passes)
             save_graph(model, path)
@@ -157,8 +160,10 @@ def _dynamo(
         dynamic_shapes=shapes,
         verbose=False,
         optimize=False,  # ours count what they do, and keep the names of parameters
+        custom_translation_table=translations() if config.kernels == "functions" else None,
     )
     assert program is not None
+    attach_bodies(program.model)
     for node in program.model.graph.all_nodes():
         for key in PRIVATE_METADATA:
             node.metadata_props.pop(key, None)

@@ -90,7 +90,7 @@ def unfuse(model: Any) -> int:
             if isinstance(original, type):
                 module.__class__ = original
             else:
-                module.processor = original  # type: ignore[assignment]
+                module.processor = original
             count += 1
     return count
 
@@ -125,6 +125,9 @@ def unfused(model: Any) -> Iterator[None]:
 
 
 def _fuse_part(prefix: str, part: nn.Module, ops: Sequence[Op], report: FuseReport) -> None:
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.attention_processor import Attention
+
     from hcf.fuse import modules as fused
 
     absorbed: set[nn.Module] = set()  # norms that a swapped block calls the kernel for
@@ -135,10 +138,10 @@ def _fuse_part(prefix: str, part: nn.Module, ops: Sequence[Op], report: FuseRepo
         for module in _of_kind(part, nn.LayerNorm):
             _swap(module, fused.FusedLayerNorm, "layer_norm", names, report)
     if "geglu" in ops:
-        for module in _of_kind(part, fused.GEGLU):
+        for module in _of_kind(part, GEGLU):
             _swap(module, fused.FusedGEGLU, "geglu", names, report)
     if "attention" in ops:
-        for module in _of_kind(part, fused.Attention):
+        for module in _of_kind(part, Attention):
             if (reason := fused.takes_processor(module)) is not None:
                 report.kept[names[module]] = reason
                 continue
@@ -154,9 +157,11 @@ def _fuse_norms(
     absorbed: set[nn.Module],
 ) -> None:
     """Residual blocks, the norm and SiLU at a model's end, then the norms that stand alone."""
+    from diffusers.models.resnet import ResnetBlock2D
+
     from hcf.fuse import modules as fused
 
-    for block in _of_kind(part, fused.ResnetBlock2D):
+    for block in _of_kind(part, ResnetBlock2D):
         absorbed |= {block.norm1, block.norm2}
         if (reason := fused.takes_resnet(block)) is not None:
             report.kept[names[block]] = reason
@@ -164,11 +169,12 @@ def _fuse_norms(
         _swap(block, fused.FusedResnetBlock2D, "group_norm_silu", names, report)
     for module in list(part.modules()):
         norm, act = (getattr(module, name, None) for name in ("conv_norm_out", "conv_act"))
-        if type(norm) is nn.GroupNorm and type(act) is nn.SiLU:
+        if type(norm) is nn.GroupNorm and act is not None and fused.is_activation(act):
             absorbed.add(norm)
-            _swap(norm, fused.FusedGroupNormSiLU, "group_norm_silu", names, report)
-            act.__dict__[ORIGINAL] = nn.SiLU
-            act.__class__ = fused.AbsorbedSiLU
+            with_it, without = fused.WITH_ACTIVATION[type(act)]
+            _swap(norm, with_it, "group_norm_silu", names, report)
+            act.__dict__[ORIGINAL] = type(act)
+            act.__class__ = without
     for module in _of_kind(part, nn.GroupNorm):
         if module in absorbed:
             continue

@@ -17,12 +17,19 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from hcf_kernels.geglu import geglu, geglu_gate
 from hcf_kernels.layer_norm import layer_norm
 from torch import Tensor, nn
 
 from hcf_kernels.attention import SHORT, attention
+from hcf_kernels.geglu import geglu, geglu_gate
 from hcf_kernels.group_norm_silu import group_norm_silu
+
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.SiLU: "silu", nn.GELU: "gelu"}
+
+
+def is_activation(module: Any) -> bool:
+    """Whether the kernel has it; of GELU it has the exact one."""
+    return type(module) in ACTIVATIONS and getattr(module, "approximate", "none") == "none"
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -32,15 +39,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def normalise(
-    norm: nn.GroupNorm, x: Tensor, silu: bool = True, add: Tensor | None = None,
+    norm: nn.GroupNorm, x: Tensor, activation: str = "silu", add: Tensor | None = None,
     scale_shift: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """x (B, C, ...), add (B, C), scale and shift (B, C) -> (B, C, ...)"""
-    weight, bias = norm.weight, norm.bias
+    weight: Tensor = norm.weight
+    bias: Tensor = norm.bias
     if scale_shift is not None:
         scale, shift = scale_shift
         weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
-    return group_norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu, add)
+    return group_norm_silu(x, weight, bias, norm.num_groups, norm.eps, activation, add)
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -48,7 +56,7 @@ class FusedGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """x (B, C, ...) -> (B, C, ...)"""
-        return normalise(self, input, silu=False)
+        return normalise(self, input, "none")
 
 
 class FusedGroupNormSiLU(nn.GroupNorm):
@@ -59,12 +67,35 @@ class FusedGroupNormSiLU(nn.GroupNorm):
         return normalise(self, input)
 
 
+class FusedGroupNormGELU(nn.GroupNorm):
+    """GroupNorm and the GELU after it, which is an `AbsorbedGELU` then."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (B, C, ...) -> (B, C, ...)"""
+        return normalise(self, input, "gelu")
+
+
 class AbsorbedSiLU(nn.SiLU):
     """Does nothing: the norm before it has done it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """x -> x"""
         return input
+
+
+class AbsorbedGELU(nn.GELU):
+    """Does nothing: the norm before it has done it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x -> x"""
+        return input
+
+
+# activation -> (its norm with it, it with nothing left to do)
+WITH_ACTIVATION: dict[type[nn.Module], tuple[type[nn.GroupNorm], type[nn.Module]]] = {
+    nn.SiLU: (FusedGroupNormSiLU, AbsorbedSiLU),
+    nn.GELU: (FusedGroupNormGELU, AbsorbedGELU),
+}
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -78,7 +109,7 @@ class FusedLayerNorm(nn.LayerNorm):
 class FusedGEGLU(GEGLU):
     """The projection with the gate in its epilogue; the gate alone where an adapter projects."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """x (..., D) -> (..., inner)"""
         if is_plain(self.proj, nn.Linear):
             return geglu(hidden_states, self.proj.weight, self.proj.bias)
@@ -88,9 +119,10 @@ class FusedGEGLU(GEGLU):
 class FusedResnetBlock2D(ResnetBlock2D):
     """Norm, SiLU, time embedding and scale-shift as one kernel before each convolution."""
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         """x (B, C, H, W), temb (B, T) -> (B, C', H', W')"""
-        x, h = input_tensor, normalise(self.norm1, input_tensor)
+        activation = ACTIVATIONS[type(self.nonlinearity)]
+        x, h = input_tensor, normalise(self.norm1, input_tensor, activation)
         resample = self.upsample or self.downsample
         if resample is not None:
             x, h = resample(x), resample(h)
@@ -104,7 +136,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
                 scale_shift = scale, shift
             else:
                 add = projected
-        h = self.conv2(self.dropout(normalise(self.norm2, h, True, add, scale_shift)))
+        h = self.conv2(self.dropout(normalise(self.norm2, h, activation, add, scale_shift)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         out = x + h
@@ -162,9 +194,10 @@ def takes_processor(attn: Attention) -> str | None:
 
 def takes_resnet(block: ResnetBlock2D) -> str | None:
     """None where `FusedResnetBlock2D` computes what this block does, else why not."""
-    if not isinstance(block.nonlinearity, nn.SiLU):
-        return f"its activation is {type(block.nonlinearity).__name__}"
-    if block.time_embedding_norm not in ("default", "scale_shift"):
+    if not is_activation(block.nonlinearity):
+        return f"its activation is {block.nonlinearity}"
+    known = block.time_embedding_norm in ("default", "scale_shift")
+    if block.time_emb_proj is not None and not known:
         return f"its time embedding is of kind {block.time_embedding_norm}"
     for norm in (block.norm1, block.norm2):
         if not is_plain(norm, nn.GroupNorm) or norm.weight is None:

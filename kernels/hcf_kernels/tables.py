@@ -1,6 +1,6 @@
 """Which variant and tile sizes a kernel takes for a shape: measured tables, or a stated default.
 
-tables/<sm>.json, one a compute capability, written by `python -m hcf_kernels.tune`:
+tables/<sm>.json, one a compute capability, written by `hcf bench kernels --tune`:
 
     {"device": ..., "date": ..., "torch": ..., "triton": ..., "ops": {op: {key: configuration}}}
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,19 @@ def capability(device: torch.device) -> str:
     """sm_90 of a CUDA device."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call can be run: its key in the table, what may be tried, and how to run one.
+
+    `candidates`: the default first. Each module of `hcf_kernels.gpu` has `PLANS`, {operator: a
+    function from its arguments to a Plan}; `run` launches the kernel itself, without the operator.
+    """
+
+    key: str
+    candidates: list[Config]
+    run: Callable[[Config], Any]
 
 
 @functools.cache

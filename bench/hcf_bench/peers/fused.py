@@ -27,8 +27,7 @@ def prepare_fused(case: Case, options: PeerOptions, precision: str, compiles: bo
     set_up_torch(options)
     inputs = to_channels_last(case.module, list(case.inputs.values()))
     report = torch_report("fused", case.module, case.workload.name, precision, options)
-    swapped: dict[str, Any] = dict(fuse(case.module).counts())
-    report["fused"] = swapped
+    report["fused"] = fuse(case.module).counts()
     call = compile_call(case.module, options, report) if compiles else case.module
     return Prepared(run_without_grad(call, inputs), report=report)
 
@@ -37,7 +36,7 @@ def prepare_fused_pipeline(pipe: Any, options: PeerOptions, precision: str) -> d
     """The denoiser and first stage of the pipeline, fused."""
     report = prepare_eager_pipeline(pipe, options, precision, channels_last=True)
     modules = pipeline_modules(pipe)
-    swapped = {n: dict(fuse(modules[n]).counts()) for n in ("unet", "vae") if n in modules}
+    swapped = {n: fuse(modules[n]).counts() for n in ("unet", "vae") if n in modules}
     return report | {"engine": "fused", "fused": swapped}
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from hcf_kernels.aot import Variant
 from hcf_kernels.attention import SHORT, output_like
-from hcf_kernels.tables import Config, find_config, shape_key
+from hcf_kernels.tables import Config, Plan, find_config, shape_key
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-ON_CHIP = 32768  # values of the padded keys, and as many of v: 128 KB in 16 bits
+ON_CHIP_BYTES = 128 * 1024  # of padded keys and values: an A100 has 163 KB for all
 PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
@@ -60,7 +60,8 @@ def cross_attention_kernel(  # type: ignore[no-untyped-def]
 def takes(q: Tensor, k: Tensor) -> bool:
     """Whether the kernel is for these: keys and values of a head that fit on chip."""
     keys, width = k.shape[2:]
-    return 0 < keys <= SHORT and 0 < width and math.prod(_padded(keys, width)) <= ON_CHIP
+    held = 2 * math.prod(_padded(keys, width)) * k.element_size()
+    return 0 < keys <= SHORT and 0 < width and held <= ON_CHIP_BYTES
 
 
 def default_config(batch: int, heads: int, tokens: int, keys: int, width: int) -> Config:
@@ -104,9 +105,8 @@ def launch(
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     batch, heads, tokens, width = q.shape
     keys = k.shape[2]
-    key = shape_key((batch, heads, tokens, keys, width), q.dtype)
     default = default_config(batch, heads, tokens, keys, width)
-    config = config or find_config("attention", key, default, q.device)
+    config = config or find_config("attention", _key(q, k), default, q.device)
     o = output_like(q)
     block_s, block_k = _padded(keys, width)
     tiles = triton.cdiv(triton.cdiv(tokens, config["block_l"]), config["parts"])
@@ -121,6 +121,25 @@ def launch(
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return o
+
+
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None, scale: float | None = None
+) -> Plan:
+    """How `hcf::attention` can run where the kernel takes it; arguments as there."""
+    batch, heads, tokens, width = q.shape
+    return Plan(
+        _key(q, k),
+        candidates(batch, heads, tokens, k.shape[2], width),
+        lambda config: launch(q, k, v, key_bias, scale, config),
+    )
+
+
+PLANS = {"attention": plan}
+
+
+def _key(q: Tensor, k: Tensor) -> str:
+    return shape_key((*q.shape[:3], k.shape[2], q.shape[3]), q.dtype)
 
 
 def _variant(keys: int, width: int) -> Variant:

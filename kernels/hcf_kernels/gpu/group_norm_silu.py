@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hcf_kernels.aot import Variant
 from hcf_kernels.gpu.quantized import to_codes
-from hcf_kernels.tables import Config, find_config, shape_key
+from hcf_kernels.tables import Config, Plan, find_config, shape_key
 
 ONE_PASS_VALUES = 16384  # of a padded group: 32 a thread in 16 warps; twice that spills
 TILE_VALUES = 4096
@@ -32,10 +32,12 @@ L2_SLAB_BYTES = 24 * 2**20  # about half of the L2 cache of an A100 (40 MB) or H
 
 
 @triton.jit
-def _activate(v, weight, bias, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activate(v, weight, bias, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     y = v * weight + bias
-    if SILU:
+    if ACTIVATION == "silu":
         y = y * tl.sigmoid(y)
+    if ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
     return y
 
 
@@ -53,7 +55,7 @@ def _store(y_ptr, offsets, y, mask, scale_ptr, QUANT: tl.constexpr):  # type: ig
 def one_pass_kernel(  # type: ignore[no-untyped-def]
     x_ptr, y_ptr, weight_ptr, bias_ptr, add_ptr, scale_ptr,
     C, S, K, affine_stride, x_stride_b, eps,
-    NHWC: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
+    NHWC: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (group, image): all S positions and K channels of it are in registers."""
@@ -78,7 +80,7 @@ def one_pass_kernel(  # type: ignore[no-untyped-def]
     affine = image * affine_stride + c
     weight = tl.load(weight_ptr + affine, mask=k < K, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + affine, mask=k < K, other=0.0).to(tl.float32)
-    y = _activate(centred * rstd, weight, bias, SILU)
+    y = _activate(centred * rstd, weight, bias, ACTIVATION)
     _store(y_ptr, offsets, y, inside, scale_ptr, QUANT)
 
 
@@ -130,7 +132,7 @@ def moments_kernel(  # type: ignore[no-untyped-def]
 def apply_kernel(  # type: ignore[no-untyped-def]
     x_ptr, y_ptr, weight_ptr, bias_ptr, add_ptr, scale_ptr, moments_ptr,
     C, S, K, affine_stride, x_stride_b, image_0, channel_0, channels, splits, split_s, eps,
-    NHWC: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
+    NHWC: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, QUANT: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Program (positions, channels, image): merges the moments of its groups, then applies them."""
@@ -161,7 +163,7 @@ def apply_kernel(  # type: ignore[no-untyped-def]
     x_ptr += image * x_stride_b
     y_ptr += image * x_stride_b
     v = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    y = _activate((v - mean[None, :]) * rstd[None, :], weight[None, :], bias[None, :], SILU)
+    y = _activate((v - mean[None, :]) * rstd[None, :], weight[None, :], bias[None, :], ACTIVATION)
     _store(y_ptr, offsets, y, inside, scale_ptr, QUANT)
 
 
@@ -197,8 +199,25 @@ def default_config(shape: Shape) -> Config:
     }
 
 
+def candidates(shape: Shape) -> list[Config]:
+    """What a tuner tries; the default is the first."""
+    found = [default_config(shape)]
+    padded = triton.next_power_of_2(shape.width) * triton.next_power_of_2(shape.positions)
+    if padded <= 2 * ONE_PASS_VALUES:  # fp16 and bf16 may hold twice as much, spills and all
+        found += [{"variant": "one_pass", "num_warps": warps} for warps in (4, 8, 16)]
+    for tile in (2048, 4096, 8192):
+        for splits in (4, 16, 64):
+            for slab in (L2_SLAB_BYTES // 2, L2_SLAB_BYTES, 2**40):
+                for warps in (4, 8):
+                    found.append(
+                        {"variant": "two_pass", "tile": tile, "splits": splits,
+                         "slab_bytes": slab, "num_warps": warps}
+                    )  # fmt: skip
+    return [config for i, config in enumerate(found) if config not in found[:i]]
+
+
 def launch(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: str,
     add: Tensor | None = None, scale: Tensor | None = None, dtype: torch.dtype | None = None,
     config: Config | None = None,
 ) -> Tensor:  # fmt: skip
@@ -208,19 +227,18 @@ def launch(
     made NCHW first, at the cost of a copy.
     """
     y = torch.empty_like(x, dtype=dtype or x.dtype)
-    nhwc = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-    dense = nhwc or x.is_contiguous()
+    shape = _shape(x, groups)
+    dense = shape.nhwc or x.is_contiguous()
     source = x if dense else x.contiguous()
     target = y if dense else torch.empty_like(source, dtype=y.dtype)
-    shape = Shape(x.shape[0], x.shape[1], x[0, 0].numel(), groups, nhwc, x.element_size())
     if x[0].numel() >= 2**31:
         raise ValueError(f"an image of {x[0].numel()} values needs 64-bit offsets; use tiles")
-    key = shape_key(tuple(x.shape), groups, "nhwc" if nhwc else "nchw", x.dtype)
-    config = config or find_config("group_norm_silu", key, default_config(shape), x.device)
+    default = default_config(shape)
+    config = config or find_config("group_norm_silu", _key(x, shape), default, x.device)
     run = _one_pass if config["variant"] == "one_pass" else _two_pass
     flags = {
-        "NHWC": nhwc,
-        "SILU": silu,
+        "NHWC": shape.nhwc,
+        "ACTIVATION": activation,
         "ADD": add is not None,
         "QUANT": {torch.int8: 1, torch.float8_e4m3fn: 2}.get(y.dtype, 0),
     }
@@ -239,6 +257,31 @@ def launch(
         config,
     )
     return y if dense else y.copy_(target)
+
+
+def plan(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: str = "silu",
+    add: Tensor | None = None,
+) -> Plan:  # fmt: skip
+    """How `hcf::group_norm_silu` can run; arguments as there. Its quantised form takes the same."""
+    shape = _shape(x, groups)
+    return Plan(
+        _key(x, shape),
+        candidates(shape),
+        lambda config: launch(x, weight, bias, groups, eps, activation, add, config=config),
+    )
+
+
+PLANS = {"group_norm_silu": plan}
+
+
+def _shape(x: Tensor, groups: int) -> Shape:
+    nhwc = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    return Shape(x.shape[0], x.shape[1], x[0, 0].numel(), groups, nhwc, x.element_size())
+
+
+def _key(x: Tensor, shape: Shape) -> str:
+    return shape_key(tuple(x.shape), shape.groups, "nhwc" if shape.nhwc else "nchw", x.dtype)
 
 
 def _one_pass(
@@ -316,13 +359,13 @@ def _variants() -> list[Variant]:
                 "add_ptr": "*bf16", "scale_ptr": "*fp32"}  # fmt: skip
     sizes = {"C": "i32", "S": "i32", "K": "i32", "affine_stride": "i32", "x_stride_b": "i32"}
     tiles = {"BLOCK_S": "constexpr", "BLOCK_C": "constexpr"}
-    flags = {name: "constexpr" for name in ("NHWC", "SILU", "ADD", "QUANT")}
+    flags = {name: "constexpr" for name in ("NHWC", "ACTIVATION", "ADD", "QUANT")}
     found = []
     for nhwc in (True, False):
         layout = "nhwc" if nhwc else "nchw"
         for quant, suffix, out in ((0, "", "*bf16"), (1, "_int8", "*i8"), (2, "_e4m3", "*fp8e4nv")):
             archs = (90,) if quant == 2 else (80, 90)
-            values = {"NHWC": nhwc, "SILU": True, "ADD": True, "QUANT": quant}
+            values = {"NHWC": nhwc, "ACTIVATION": "silu", "ADD": True, "QUANT": quant}
             of = pointers | {"y_ptr": out}
             found.append(
                 Variant(
