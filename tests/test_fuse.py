@@ -136,6 +136,24 @@ def test_scale_shift_and_resampling_blocks() -> None:
             torch.testing.assert_close(block(x, temb), wanted, **CLOSE)
 
 
+def test_an_upsampling_block_follows_its_weights() -> None:
+    from diffusers.models.upsampling import Upsample2D
+
+    block = Upsample2D(16, use_conv=True).eval()
+    x = torch.randn(2, 16, 5, 7)
+    with torch.no_grad():
+        wanted, sized = block(x), block(x, output_size=(9, 13))
+        assert fuse(block).counts() == {"upsample_conv3x3": 1}
+        torch.testing.assert_close(block(x), wanted, **CLOSE)
+        torch.testing.assert_close(block(x, output_size=(9, 13)), sized, **CLOSE)
+        block.conv.weight.mul_(2)
+        found = block(x)
+        unfuse(block)
+        torch.testing.assert_close(found, block(x), **CLOSE)
+        assert not torch.allclose(found, wanted, atol=0.1)
+    assert fuse(Upsample2D(16)).kept == {"": "it is not nearest-neighbour with a convolution"}
+
+
 def test_what_is_kept_is_named_with_its_reason() -> None:
     unet = make_tiny_pipeline().unet
     block = unet.mid_block.resnets[0]

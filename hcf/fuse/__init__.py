@@ -23,10 +23,12 @@ from torch import nn
 
 from hcf.errors import RecipeError
 
-Op = Literal["group_norm_silu", "layer_norm", "geglu", "attention"]
+Op = Literal["group_norm_silu", "layer_norm", "geglu", "attention", "upsample_conv3x3"]
 OPS: tuple[Op, ...] = get_args(Op)
 DEFAULTS: dict[str, tuple[Op, ...]] = {"cuda": OPS, "cpu": OPS}
 ORIGINAL = "_hcf_unfused"  # on a swapped module: the class it had, or an attention's processor
+
+FOLDED = "_hcf_folded"  # on an upsampling block: its weight's sums
 
 Reason = Callable[[Any], str | None]
 
@@ -87,6 +89,7 @@ def unfuse(model: Any) -> int:
             original = module.__dict__.pop(ORIGINAL, None)
             if original is None:
                 continue
+            module.__dict__.pop(FOLDED, None)
             if isinstance(original, type):
                 module.__class__ = original
             else:
@@ -127,6 +130,7 @@ def unfused(model: Any) -> Iterator[None]:
 def _fuse_part(prefix: str, part: nn.Module, ops: Sequence[Op], report: FuseReport) -> None:
     from diffusers.models.activations import GEGLU
     from diffusers.models.attention_processor import Attention
+    from diffusers.models.upsampling import Upsample2D
 
     from hcf.fuse import modules as fused
 
@@ -140,6 +144,12 @@ def _fuse_part(prefix: str, part: nn.Module, ops: Sequence[Op], report: FuseRepo
     if "geglu" in ops:
         for module in _of_kind(part, GEGLU):
             _swap(module, fused.FusedGEGLU, "geglu", names, report)
+    if "upsample_conv3x3" in ops:
+        for module in _of_kind(part, Upsample2D):
+            if (reason := fused.takes_upsample(module)) is not None:
+                report.kept[names[module]] = reason
+                continue
+            _swap(module, fused.FusedUpsample2D, "upsample_conv3x3", names, report)
     if "attention" in ops:
         for module in _of_kind(part, Attention):
             if (reason := fused.takes_processor(module)) is not None:
@@ -224,5 +234,5 @@ def _parts(model: Any) -> dict[str, nn.Module]:
 
 
 def _device(part: nn.Module) -> str:
-    kind = next(part.parameters()).device.type
-    return kind if kind in DEFAULTS else "cpu"
+    weight = next(part.parameters(), None)
+    return weight.device.type if weight is not None and weight.device.type in DEFAULTS else "cpu"

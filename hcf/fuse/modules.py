@@ -20,7 +20,9 @@ from diffusers.models.upsampling import Upsample2D
 from hcf_kernels.layer_norm import layer_norm
 from torch import Tensor, nn
 
+from hcf.fuse import FOLDED
 from hcf_kernels.attention import SHORT, attention
+from hcf_kernels.conv3x3 import fold_upsample, upsample_conv3x3
 from hcf_kernels.geglu import geglu, geglu_gate
 from hcf_kernels.group_norm_silu import group_norm_silu
 
@@ -182,6 +184,29 @@ class FusedAttnProcessor:
         return o if attn.rescale_output_factor == 1.0 else o / attn.rescale_output_factor
 
 
+class FusedUpsample2D(Upsample2D):
+    """Nearest-neighbour upsampling and its 3x3 convolution with 4/9 of the products.
+
+    The summed weights are kept until the convolution's change. Under torch.compile, which cannot
+    see that they did, and where an adapter has the convolution, it computes as before.
+    """
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
+        """x (B, C, H, W) -> (B, O, 2H, 2W), or nearest neighbours at `output_size`"""
+        x, conv = hidden_states, self.conv
+        plain = is_plain(conv, nn.Conv2d) and not torch.compiler.is_compiling()
+        if plain and is_twice(x, output_size):
+            return upsample_conv3x3(x, self._folded(conv.weight), conv.bias)
+        return conv(interpolated(x, output_size))
+
+    def _folded(self, weight: Tensor) -> Tensor:
+        held: tuple[Any, Tensor] | None = self.__dict__.get(FOLDED)
+        state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if held is None or held[0] != state:
+            held = self.__dict__[FOLDED] = state, fold_upsample(weight.detach())
+        return held[1]
+
+
 def takes_processor(attn: Attention) -> str | None:
     """None where `FusedAttnProcessor` computes what this attention does, else why not."""
     kind = type(attn.processor)
@@ -210,8 +235,11 @@ def takes_upsample(block: Upsample2D) -> str | None:
     conv = getattr(block, "conv", None)
     if not block.use_conv or block.use_conv_transpose or not block.interpolate or block.norm:
         return "it is not nearest-neighbour with a convolution"
-    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (3, 3):
-        return "its convolution is not 3x3"
+    sizes = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    if not isinstance(conv, nn.Conv2d) or sizes != (
+        conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    ):  # fmt: skip
+        return "its convolution is not a plain 3x3"
     return None
 
 
@@ -225,8 +253,3 @@ def interpolated(x: Tensor, size: tuple[int, int] | None) -> Tensor:
 def is_twice(x: Tensor, size: Any) -> bool:
     """Whether `size` is None or twice that of x (B, C, H, W)."""
     return size is None or tuple(size) == (2 * x.shape[-2], 2 * x.shape[-1])
-
-
-def no_grad_needed(x: Tensor) -> bool:
-    """Whether torch would not have to differentiate through a kernel."""
-    return not (torch.is_grad_enabled() and x.requires_grad)
