@@ -18,8 +18,8 @@ from hcf_kernels.conv3x3 import (
     upsample_conv3x3,
     upsample_conv3x3_ref,
 )
-from hcf_kernels.gpu.conv3x3 import launch, shape_of
-from hcf_kernels.gpu.conv3x3_tiles import Shape, box, candidates, default_config, estimate
+from hcf_kernels.gpu.conv3x3 import Shape, candidates, default_config, launch, shape_of
+from hcf_kernels.gpu.conv3x3_tiles import box, estimate
 from hcf_kernels.rounding import quantize_ref
 from hcf_kernels.testing import assert_as_close_as_torch, largest_error
 
@@ -53,7 +53,7 @@ def arguments(
     x, weight = noise(*shape), noise(outputs, shape[1], kernel, kernel, seed=1) / shape[1] ** 0.5
     stride, upsample, asymmetric = (options.get(n) for n in ("stride", "upsample", "asymmetric"))
     settings = (stride or 1, bool(upsample), bool(asymmetric))
-    plain = conv3x3_ref(x, weight, None, None, None, *settings)
+    plain = conv3x3_ref(x.to("meta"), weight.to("meta"), None, None, None, *settings)
     parts = (x, weight, noise(outputs, seed=2), noise(shape[0], outputs, seed=3),
              noise(*plain.shape, seed=4))  # fmt: skip
     made = [part.to(dtype) for part in parts]
@@ -163,17 +163,19 @@ def test_quantised_codes(dtype: torch.dtype, config: Any) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_int8_sums_are_exact(config: Any) -> None:
-    """The ends of the grid everywhere: 9 * 48 * 127^2 fits 24 bits, so float32 shows every one."""
-    x = torch.randint(126, 128, (1, 48, 3, 4), generator=torch.Generator().manual_seed(0))
-    x, weight = x.to(torch.int8), codes(5, 48, 3, 3, dtype=torch.int8, seed=1)
+    """Sums pass 2^24 on their way, where float32 would lose the last bit, and come back below."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(126, 128, size, generator=generator)
+                 for size in ((1, 320, 3, 3), (5, 320, 3, 3)))  # fmt: skip
+    weight.flatten(2)[:, :, 5:] *= -1
+    assert 5 * 320 * 126**2 > 2**24
+    x, weight = x.to(torch.int8), weight.to(torch.int8)
     one, ones = torch.tensor(1.0), torch.ones(5)
-    exact = conv3x3_ref(x.double(), weight.double())
-    y = output_like(x, (1, 5, 3, 4), torch.float32)
-    assert torch.equal(
-        launch(x, weight, y, scale_x=one, scale_w=ones, config=config).double(), exact
-    )
+    exact = conv3x3_ref(x.double(), weight.double()).float()
+    y = output_like(x, (1, 5, 3, 3), torch.float32)
+    assert torch.equal(launch(x, weight, y, scale_x=one, scale_w=ones, config=config), exact)
     on_cpu = conv3x3_quantized(x, weight, one, ones, None, None, None, 1, torch.float32)
-    assert torch.equal(on_cpu.double(), exact)
+    assert torch.equal(on_cpu, exact)
 
 
 def test_folding_is_exact_in_real_arithmetic() -> None:
@@ -313,7 +315,7 @@ REAL = [((2, 320, 64, 64), 320), ((2, 960, 32, 32), 640), ((2, 1280, 16, 16), 12
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("shape", "outputs"), [*SHAPES, *REAL], ids=str)
 def test_on_a_gpu(shape: tuple[int, ...], outputs: int, dtype: torch.dtype) -> None:
     for options in ({}, {"kernel": 1}, {"stride": 2}, {"upsample": True}):

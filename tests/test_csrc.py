@@ -160,7 +160,7 @@ def test_gemm_sm80(
 
 SM90 = [
     (torch.int8, {"cluster": 1}, (130, 136, 336), (EAGER, LATE)),
-    (torch.int8, {"cluster": 2, "block_n": 128}, (390, 136, 656), (EAGER, RANDOM)),
+    (torch.int8, {"cluster": 2, "block_n": 128}, (390, 136, 656), (EAGER,)),
     (torch.float8_e4m3fn, {"rows": 128, "block_n": 128, "stages": 3}, (257, 136, 528), (LATE,)),
     (
         torch.int8,
@@ -169,7 +169,7 @@ SM90 = [
         (EAGER, RANDOM),
     ),
     (torch.float8_e4m3fn, {"pingpong": 1, "cluster": 1, "stages": 3}, (330, 264, 1040), (LATE,)),
-    (torch.float8_e4m3fn, {"promote": 1, "block_n": 128}, (130, 136, 656), (EAGER, RANDOM)),
+    (torch.float8_e4m3fn, {"promote": 1, "block_n": 128}, (130, 136, 656), (RANDOM,)),
     (
         torch.float8_e4m3fn,
         {"promote": 1, "block_n": 128, "pingpong": 1},
@@ -308,15 +308,15 @@ def test_the_emulation_finds_faults(
     a, b = operands(390, 136, 784, torch.int8)
     scale = torch.tensor(1e-3), torch.tensor(1.0)
     wanted = reference(a.double() @ b.double().T, *scale, None, None, "none", torch.float16)
-    wrong = 0
-    for timing in (EAGER, LATE):
+
+    def is_wrong(timing: int) -> bool:
         try:
             found = run_gemm(compiled, tiling, a, b, *scale, timing=timing, folder=tmp_path)
         except AssertionError:
-            wrong += 1
-        else:
-            wrong += not torch.equal(found, wanted)
-    assert wrong
+            return True
+        return not torch.equal(found, wanted)
+
+    assert is_wrong(EAGER) or is_wrong(LATE)
 
 
 def test_tiles_of_pixels_waste_little() -> None:

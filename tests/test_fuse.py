@@ -263,3 +263,90 @@ def test_only_plain_layers_give_their_weights_to_a_kernel() -> None:
     handle.remove()
     linear.forward = lambda x: x  # type: ignore[method-assign]
     assert not is_plain(linear, nn.Linear) and not is_plain(nn.Conv2d(1, 1, 1), nn.Linear)
+
+
+@pytest.fixture(scope="module")
+def scales_of() -> Any:
+    from hcf.quantize.scales import GRID_MAX, LayerScale
+
+    def make(unet: Any, scheme: str, **more: Any) -> dict[str, Any]:
+        return {
+            name: LayerScale(
+                input_amax=6.0,
+                weight_amax=module.weight.detach().abs().flatten(1).amax(1).numpy(),
+                scheme=scheme,
+                **{key: value(module) for key, value in more.items()},
+            )
+            for name, module in unet.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and "time" not in name
+        }
+
+    assert set(GRID_MAX) >= {"int8", "fp8"}
+    return make
+
+
+def assert_layers_compute_what_is_simulated(unet: Any, scales: Any) -> None:
+    from hcf.quantize.simulate import SimulatedLayer
+
+    generator = torch.Generator().manual_seed(0)
+    fuse(unet, ["layer_norm"], scales)
+    for name, scale in scales.items():
+        layer = unet.get_submodule(name)
+        image = layer.weight.ndim == 4
+        size = (2, layer.weight.shape[1], 8, 8) if image else (2, 5, layer.in_features)
+        # inside the range, whose ends are -127 and 127 here and -128 and 127 in ONNX
+        x = (2 * torch.randn(size, generator=generator)).clamp(-2.9, 2.9)
+        found = layer(x)
+        unfuse(layer)
+        wanted = SimulatedLayer(layer, scale)(x)
+        # x / (step s) and (x / s) / step: a few codes in a thousand fall on either side of an edge
+        assert (found - wanted).norm() < 3e-3 * wanted.norm(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_layers_in_8_bits_compute_what_is_simulated(scheme: str, scales_of: Any) -> None:
+    from hcf.quantize.simulate import fake_quantized
+
+    unet = make_tiny_pipeline().unet
+    before, scales = call(unet), scales_of(unet, scheme)
+    with fake_quantized(unet, scales):
+        noise = float((call(unet) - before).norm())
+    counts = fuse(unet, scales=scales).counts()
+    assert counts[f"{scheme} product"] + counts[f"{scheme} convolution"] == len(scales)
+    # rounding is chaotic: a last bit in the first layer moves codes in the last, so the noise is
+    # as large and not the same
+    assert 0.7 * noise < float((call(unet) - before).norm()) < 1.4 * noise
+    unfuse(unet)
+    assert torch.equal(call(unet), before)
+    assert_layers_compute_what_is_simulated(unet, scales)
+
+
+@torch.no_grad()
+def test_smoothing_and_low_rank_branches_in_8_bits(scales_of: Any) -> None:
+    unet = make_tiny_pipeline().unet
+    generator = torch.Generator().manual_seed(0)
+
+    def smooth(module: Any) -> Any:
+        inputs = module.weight.shape[1]
+        return (0.5 + torch.rand(inputs, generator=generator)).numpy()
+
+    def low_rank(module: Any) -> Any:
+        if isinstance(module, nn.Conv2d):
+            return None
+        rows, columns = module.weight.shape
+        parts = torch.randn(rows, 2, generator=generator), torch.randn(2, columns)
+        return tuple(0.02 * part.numpy() for part in parts)
+
+    scales = scales_of(unet, "int8", smooth=smooth, low_rank=low_rank)
+    assert_layers_compute_what_is_simulated(unet, scales)
+
+
+def test_scales_that_do_not_fit_are_told(scales_of: Any) -> None:
+    unet = make_tiny_pipeline().unet
+    scales = scales_of(unet, "int8")
+    with pytest.raises(RecipeError, match="name 'elsewhere' and 0 more layers"):
+        fuse(unet, scales={"elsewhere": next(iter(scales.values()))})
+    weight_only = scales_of(unet, "int8-weight")
+    report = fuse(unet, ["layer_norm"], {"conv_in": weight_only["conv_in"]})
+    assert report.kept == {"conv_in": "int8-weight has no 8-bit product"}

@@ -27,7 +27,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "parts": {"splits": 3},
     "persistent": {"persistent": 1, "strips": 4},
     "descriptors": {"persistent": 2, "tma": True, "strips": 4},
+    "descriptors_once": {"tma": True},
     "descriptors_parts": {"persistent": 1, "tma": True, "splits": 2},
+    "descriptors_once_parts": {"tma": True, "splits": 2},
 }
 
 

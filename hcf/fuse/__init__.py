@@ -17,11 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
 from hcf.errors import RecipeError
+
+if TYPE_CHECKING:
+    from hcf.quantize.scales import LayerScale
 
 Op = Literal["group_norm_silu", "layer_norm", "geglu", "attention", "upsample_conv3x3"]
 OPS: tuple[Op, ...] = get_args(Op)
@@ -29,6 +32,8 @@ DEFAULTS: dict[str, tuple[Op, ...]] = {"cuda": OPS, "cpu": OPS}
 ORIGINAL = "_hcf_unfused"  # on a swapped module: the class it had, or an attention's processor
 
 FOLDED = "_hcf_folded"  # on an upsampling block: its weight's sums
+CODES = "hcf_codes"  # on a layer in 8 bits
+DENOISERS = ("unet.", "transformer.")
 
 Reason = Callable[[Any], str | None]
 
@@ -37,10 +42,10 @@ Reason = Callable[[Any], str | None]
 class FuseReport:
     """What was swapped: {module: operator}, and what was not: {module: why}."""
 
-    swapped: dict[str, Op] = field(default_factory=dict)
+    swapped: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
-    def counts(self) -> dict[Op, int]:
+    def counts(self) -> dict[str, int]:
         """{operator: modules that use it}."""
         return dict(Counter(self.swapped.values()))
 
@@ -56,14 +61,21 @@ class FuseReport:
         return "\n".join(lines)
 
 
-def fuse(model: Any, ops: Sequence[Op] | None = None) -> FuseReport:
+def fuse(
+    model: Any,
+    ops: Sequence[Op] | None = None,
+    scales: Mapping[str, LayerScale] | None = None,
+) -> FuseReport:
     """Swaps the modules of a pipeline or model that the kernels `ops` are for; returns what it did.
 
-    Without `ops` those of `DEFAULTS` for the device the weights are on. A model that is fused
-    already is unfused first. Raises RecipeError for an unknown operator or a model with no module
-    that any of them is for.
+    Without `ops` those of `DEFAULTS` for the device the weights are on. With `scales` (of `hcf
+    quantize`, {layer: scale}) the layers of the denoiser that they name compute in 8 bits. A model
+    that is fused already is unfused first. Raises RecipeError for an unknown operator, scales that
+    name no layer of the model, or a model with no module that any of them is for.
     """
     parts = _parts(model)
+    if scales:
+        _check_scales(parts, scales)
     for op in ops or ():
         if op not in OPS:
             raise RecipeError(f"unknown operator {op!r}", fix=f"use {', '.join(OPS)}")
@@ -71,6 +83,8 @@ def fuse(model: Any, ops: Sequence[Op] | None = None) -> FuseReport:
     report = FuseReport()
     for prefix, part in parts.items():
         wanted = DEFAULTS[_device(part)] if ops is None else tuple(ops)
+        if scales and prefix in ("", *DENOISERS):
+            _quantize_layers(prefix, part, scales, report)
         _fuse_part(prefix, part, wanted, report)
     if not report.swapped and not report.kept:
         names = ", ".join(type(part).__name__ for part in parts.values())
@@ -89,7 +103,8 @@ def unfuse(model: Any) -> int:
             original = module.__dict__.pop(ORIGINAL, None)
             if original is None:
                 continue
-            module.__dict__.pop(FOLDED, None)
+            for held in (FOLDED, CODES):
+                module.__dict__.pop(held, None)
             if isinstance(original, type):
                 module.__class__ = original
             else:
@@ -160,6 +175,38 @@ def _fuse_part(prefix: str, part: nn.Module, ops: Sequence[Op], report: FuseRepo
             report.swapped[names[module]] = "attention"
 
 
+def _quantize_layers(
+    prefix: str, part: nn.Module, scales: Mapping[str, LayerScale], report: FuseReport
+) -> None:
+    from hcf.fuse import quantized
+
+    names = {module: f"{prefix}{name}" for name, module in part.named_modules()}
+    for name, scale in scales.items():
+        layer = part.get_submodule(name)
+        if (reason := quantized.why_not(layer, scale)) is not None:
+            report.kept[f"{prefix}{name}"] = reason
+            continue
+        codes = quantized.codes_of(layer, scale)
+        linear = isinstance(layer, nn.Linear)
+        kind = quantized.QuantizedLinear if linear else quantized.QuantizedConv2d
+        _swap(
+            layer, kind, f"{scale.scheme} {'product' if linear else 'convolution'}", names, report
+        )
+        layer.__dict__[CODES] = codes
+
+
+def _check_scales(parts: Mapping[str, nn.Module], scales: Mapping[str, LayerScale]) -> None:
+    """RecipeError for scales of layers that the denoiser does not have."""
+    part = next((parts[name] for name in ("", *DENOISERS) if name in parts), None)
+    known = dict(part.named_modules()) if part is not None else {}
+    if unknown := [name for name in scales if name not in known]:
+        raise RecipeError(
+            f"the scales name {unknown[0]!r} and {len(unknown) - 1} more layers that the model "
+            "does not have",
+            fix="give the scales that `hcf quantize` wrote for this model",
+        )
+
+
 def _fuse_norms(
     part: nn.Module,
     names: Mapping[nn.Module, str],
@@ -197,7 +244,7 @@ def _fuse_norms(
 def _swap(
     module: nn.Module,
     kind: type[nn.Module],
-    op: Op,
+    op: str,
     names: Mapping[nn.Module, str],
     report: FuseReport,
 ) -> None:

@@ -17,14 +17,16 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from hcf_kernels.layer_norm import layer_norm
 from torch import Tensor, nn
 
 from hcf.fuse import FOLDED
+from hcf.fuse.quantized import QuantizedConv2d, QuantizedLinear
 from hcf_kernels.attention import SHORT, attention
 from hcf_kernels.conv3x3 import fold_upsample, upsample_conv3x3
-from hcf_kernels.geglu import geglu, geglu_gate
-from hcf_kernels.group_norm_silu import group_norm_silu
+from hcf_kernels.geglu import geglu, geglu_gate, geglu_int8
+from hcf_kernels.group_norm_silu import group_norm_silu, group_norm_silu_quantized
+from hcf_kernels.layer_norm import layer_norm
+from hcf_kernels.quantize import quantize
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.SiLU: "silu", nn.GELU: "gelu"}
 
@@ -45,12 +47,34 @@ def normalise(
     scale_shift: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """x (B, C, ...), add (B, C), scale and shift (B, C) -> (B, C, ...)"""
-    weight: Tensor = norm.weight
-    bias: Tensor = norm.bias
-    if scale_shift is not None:
-        scale, shift = scale_shift
-        weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+    weight, bias = affine(norm, scale_shift)
     return group_norm_silu(x, weight, bias, norm.num_groups, norm.eps, activation, add)
+
+
+def affine(
+    norm: nn.GroupNorm, scale_shift: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm (C,), or with scale and shift folded in (B, C)."""
+    if scale_shift is None:
+        return norm.weight, norm.bias
+    scale, shift = scale_shift
+    return norm.weight * (1 + scale), norm.bias * (1 + scale) + shift
+
+
+def convolve(
+    conv: nn.Module, norm: nn.GroupNorm, x: Tensor, activation: str, add: Tensor | None = None,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """What `conv` makes of the normalised x; of its codes at once where it computes in 8 bits."""
+    if type(conv) is QuantizedConv2d and (held := conv.hcf_codes.to(x)).divisor.ndim == 0:
+        conv.hcf_codes = held
+        weight, bias = affine(norm, scale_shift)
+        codes = group_norm_silu_quantized(
+            x, weight, bias, norm.num_groups, norm.eps, activation, held.divisor,
+            held.weight.dtype, add,
+        )  # fmt: skip
+        return conv.from_codes(codes, x.dtype)
+    return conv(normalise(norm, x, activation, add, scale_shift))
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -115,7 +139,17 @@ class FusedGEGLU(GEGLU):
         """x (..., D) -> (..., inner)"""
         if is_plain(self.proj, nn.Linear):
             return geglu(hidden_states, self.proj.weight, self.proj.bias)
+        if type(self.proj) is QuantizedLinear:
+            return self._in_8_bits(hidden_states, self.proj)
         return geglu_gate(self.proj(hidden_states))
+
+    def _in_8_bits(self, x: Tensor, proj: QuantizedLinear) -> Tensor:
+        held = proj.hcf_codes = proj.hcf_codes.to(x)
+        if held.weight.dtype != torch.int8 or held.low_rank is not None:
+            return geglu_gate(proj(x))
+        codes = quantize(x.reshape(-1, x.shape[-1]), held.divisor, torch.int8)
+        y = geglu_int8(codes, held.weight, held.scale_x, held.scale_w, proj.bias, x.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -124,11 +158,12 @@ class FusedResnetBlock2D(ResnetBlock2D):
     def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         """x (B, C, H, W), temb (B, T) -> (B, C', H', W')"""
         activation = ACTIVATIONS[type(self.nonlinearity)]
-        x, h = input_tensor, normalise(self.norm1, input_tensor, activation)
-        resample = self.upsample or self.downsample
-        if resample is not None:
-            x, h = resample(x), resample(h)
-        h = self.conv1(h)
+        x, resample = input_tensor, self.upsample or self.downsample
+        if resample is None:
+            h = convolve(self.conv1, self.norm1, x, activation)
+        else:
+            h = self.conv1(resample(normalise(self.norm1, x, activation)))
+            x = resample(x)
         add = scale_shift = None
         if self.time_emb_proj is not None and temb is not None:
             embedded = temb if self.skip_time_act else self.nonlinearity(temb)
@@ -138,7 +173,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
                 scale_shift = scale, shift
             else:
                 add = projected
-        h = self.conv2(self.dropout(normalise(self.norm2, h, activation, add, scale_shift)))
+        h = convolve(self.conv2, self.norm2, h, activation, add, scale_shift)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         out = x + h

@@ -38,9 +38,8 @@ def conv3x3_ref(
 ) -> Tensor:  # fmt: skip
     """x (B, C, H, W), weight (O, C, k, k), bias (O,), add (B, O), residual (B, O, P, Q) -> same"""
     x = F.interpolate(x, scale_factor=2.0) if upsample else x
-    after = weight.shape[2] // 2
-    before = 0 if asymmetric else after
-    y = F.conv2d(F.pad(x, (before, after, before, after)), weight, bias, stride)
+    x = F.pad(x, (0, 1, 0, 1)) if asymmetric else x
+    y = F.conv2d(x, weight, bias, stride, padding=0 if asymmetric else weight.shape[2] // 2)
     y = y if add is None else y + add[:, :, None, None]
     return y if residual is None else y + residual
 

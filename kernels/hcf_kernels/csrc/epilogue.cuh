@@ -15,8 +15,8 @@ constexpr int NO_ACTIVATION = 0, SILU = 1, GELU = 2;
 // Mirrored by Problem of cuda_gemm.py. y (M, N) and residual (M, N) are fp16 or bf16, row major.
 struct Problem {
     u16* y;
-    const float* scale_a;   // (M,) or one for all: then stride_a is 0
-    const float* scale_b;   // (N,) or one for all; of GEGLU (2N,)
+    const float* scale_a;   // (M,), or one for all and stride_a 0, or null for 1
+    const float* scale_b;   // (N,), or one for all and stride_b 0, or null for 1; of GEGLU (2N,)
     const void* bias;       // (N,) float32 or as y; null for none; of GEGLU (2N,)
     const u16* residual;    // null for none
     int stride_a, stride_b, bias_fp32, bf16, activation;
@@ -61,8 +61,9 @@ struct alignas(8) Pair {
     float first, second;
 };
 
-// Values n and n + 1 of a vector, or of one that stands for all (n even)
+// Values n and n + 1 of a vector, or of one that stands for all (n even); 1 of none
 HCF_DEVICE Pair load_pair(const float* values, int stride, int n) {
+    if (!values) return {1.0f, 1.0f};
     if (stride) return *reinterpret_cast<const Pair*>(values + n);
     return {values[0], values[0]};
 }
@@ -127,7 +128,10 @@ HCF_DEVICE void finish(const T (&acc)[WIDTH / 2], int row_0, int row_1, int colu
     const bool there[2] = {row_0 >= 0, row_1 >= 0};
     // of a row that is not there the first is read, and nothing is stored
     const int rows[2] = {there[0] ? row_0 : 0, there[1] ? row_1 : 0};
-    const float scale_a[2] = {p.scale_a[rows[0] * p.stride_a], p.scale_a[rows[1] * p.stride_a]};
+    float scale_a[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+        scale_a[half] = p.scale_a ? p.scale_a[rows[half] * p.stride_a] : 1.0f;
 #pragma unroll
     for (int group = 0; group < COLUMNS / 32; ++group) {
         const int first = column + group * 32;

@@ -1,6 +1,7 @@
 // y = activation(scale_a * scale_b * (a @ b^T) + bias) + residual by mma.sync, for sm_80 and later.
 //
-// a (M, K), b (N, K) row major, of ELEMENT: INT8 (sums exact in int32), FP16, BF16, or E4M3 (sm_89).
+// a (M, K), b (N, K) row major, of ELEMENT: INT8 (summed exactly in int32), FP16, BF16, or on sm_89
+// E4M3.
 // A block makes BLOCK_M x BLOCK_N values of y in warps of 64 x WARP_N. cp.async fills a ring of
 // STAGES tiles, ROW_BYTES of k each, in 16-byte chunks whose place in a row is XORed with the row,
 // so that the 8 rows of an ldmatrix, and of a copy, lie in different banks.

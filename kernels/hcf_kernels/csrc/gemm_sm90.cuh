@@ -13,8 +13,8 @@
 // PROMOTE: the tensor cores sum e4m3 with about 14 bits; their sums of 128 bytes of k each are
 // added up in float32 registers instead (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
 //
-// GEGLU: b (2N, K), hidden and then gate; y (M, N) = hidden * gelu(gate). A tile of b is BLOCK_N / 2
-// rows of each, so that a thread has both of a value of y in its registers.
+// GEGLU: b (2N, K), hidden and then gate; y (M, N) = hidden * gelu(gate). A tile of b is half of
+// each, so that a thread has both of a value of y in its registers.
 //
 // CONVOLUTION: y (B, H, W, N), a (B, H, W, C), b (N, 3, 3, C), padding 1. For each of the nine taps
 // a tile of a is a box of pixels shifted by the tap; what is outside of the image is read as zero.

@@ -5,8 +5,8 @@
 // A cluster of CLUSTER blocks holds SLAB channels, whole groups, of one image in the shared memory
 // of its blocks, each block a part of the positions. The sums of a group go over the cluster
 // through distributed shared memory: first of v, then of (v - mean)^2, so that nothing cancels.
-// The order of all sums is fixed. y is fp16 or bf16 as x, or with QUANT its codes, y / scale in int8
-// or e4m3.
+// The order of all sums is fixed. y is fp16 or bf16 as x, or with QUANT the codes of y / scale in
+// int8 or e4m3.
 // SLAB is a multiple of 8 channels; a thread keeps to 8 of them.
 #include "epilogue.cuh"
 

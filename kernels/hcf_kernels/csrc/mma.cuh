@@ -293,9 +293,9 @@ template <int PENDING> HCF_DEVICE void wgmma_wait() {
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define HCF_R8(C, i) \
-    C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3]), C(d[i + 4]), C(d[i + 5]), C(d[i + 6]), C(d[i + 7])
-#define HCF_R32(C, i) HCF_R8(C, i), HCF_R8(C, i + 8), HCF_R8(C, i + 16), HCF_R8(C, i + 24)
+#define HCF_R4(C, i) C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3])
+#define HCF_R16(C, i) HCF_R4(C, i), HCF_R4(C, i + 4), HCF_R4(C, i + 8), HCF_R4(C, i + 12)
+#define HCF_R32(C, i) HCF_R16(C, i), HCF_R16(C, i + 16)
 #define HCF_R64(C, i) HCF_R32(C, i), HCF_R32(C, i + 32)
 #define HCF_REGISTERS_32(C) HCF_R32(C, 0)
 #define HCF_REGISTERS_64(C) HCF_R64(C, 0)

@@ -8,7 +8,7 @@ a (M, K), b (N, K) int8, e4m3, float16 or bfloat16, rows a multiple of 16 bytes,
 float16 or bfloat16. Only a measured table leads here ("variant": "cuda"). A configuration:
 
     kernel      gemm_sm90 (wgmma, sm_90a), gemm_sm80 (mma.sync, from sm_80 on), conv3x3_sm90
-    defines     the definitions it is compiled with, tile sizes in lower case: see the sources
+    block_n...  the definitions it is compiled with, in lower case: see the sources
 """
 
 from __future__ import annotations
@@ -299,20 +299,18 @@ def problem_of(
     residual: Tensor | None, activation: str,
 ) -> tuple[Problem, list[Tensor]]:  # fmt: skip
     """Problem without its sizes, and the tensors that it points to."""
-    one = y.new_ones((), dtype=torch.float32)
-    scale_a = one if scale_a is None else aligned(scale_a)
-    scale_b = one if scale_b is None else aligned(scale_b)
+    scale_a, scale_b = (None if s is None else aligned(s) for s in (scale_a, scale_b))
     if bias is not None:
         bias = aligned(bias if bias.dtype in (y.dtype, torch.float32) else bias.to(y.dtype))
     if residual is not None:
         residual = aligned(residual.to(y.dtype))
-    optional = [0 if t is None else t.data_ptr() for t in (bias, residual)]
-    problem = Problem(y.data_ptr(), scale_a.data_ptr(), scale_b.data_ptr(), *optional)
-    problem.stride_a, problem.stride_b = int(scale_a.ndim > 0), int(scale_b.ndim > 0)
+    given = (scale_a, scale_b, bias, residual)
+    problem = Problem(y.data_ptr(), *(0 if t is None else t.data_ptr() for t in given))
+    problem.stride_a, problem.stride_b = (int(s is not None and s.ndim > 0) for s in given[:2])
     problem.bias_fp32 = int(bias is not None and bias.dtype == torch.float32)
     problem.bf16 = int(y.dtype == torch.bfloat16)
     problem.activation = ACTIVATIONS[activation]
-    return problem, [t for t in (y, scale_a, scale_b, bias, residual) if t is not None]
+    return problem, [y, *(t for t in given if t is not None)]
 
 
 def aligned(x: Tensor) -> Tensor:

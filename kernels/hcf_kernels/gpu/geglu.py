@@ -242,35 +242,44 @@ def _variant(name: str, shape: Shape, config: Config) -> Variant:
     target = ("*i32" if int8 else "*fp32") if splits > 1 else "*bf16"
     signature = {"a_ptr": kind, "b_ptr": kind, "y_ptr": target, "scale_a_ptr": "*fp32",
                  "scale_b_ptr": "*fp32", "bias_ptr": "*bf16"}  # fmt: skip
-    sizes = {n: "i32" for n in ("M", "N", "K", "a_m", "b_n", "split_k")}
+    signature |= {n: "i32" for n in ("M", "N", "K", "a_m", "b_n", "split_k")}
     constants = {"SCALE_A": 2 if int8 else 0, "SCALE_B": 2 if int8 else 0, "BIAS": True}
     constants |= constants_of(shape.operand, shape.k, config) | {"SPLITS": splits}
     del constants["IMPRECISE"]
     return Variant(
         f"geglu.{name}_sm{shape.sm}", geglu_kernel,
-        signature | sizes | {n: "constexpr" for n in constants}, constants,
-        (*signature, *sizes), config["num_warps"], config["num_stages"],
+        signature | {n: "constexpr" for n in constants}, constants,
+        tuple(signature) if shape.aligned else (), config["num_warps"], config["num_stages"],
         expect={shape.sm: (MATRIX[shape.operand][shape.sm],)}, architectures=(shape.sm,),
     )  # fmt: skip
 
 
 def _variants() -> list[Variant]:
+    forms = {"wide": (8192, 2560, 640), "deep": (128, 5120, 1280), "odd": (8192, 2560, 641)}
     found = []
     for operand in (torch.int8, torch.bfloat16):
-        for sm, multiprocessors in ((80, 108), (90, 132)):
-            for form, sizes in {"wide": (8192, 2560, 640), "deep": (128, 5120, 1280)}.items():
-                shape = Shape(*sizes, operand, geglu=True, sm=sm, multiprocessors=multiprocessors)
+        for sm in MATRIX[operand]:
+            for form, sizes in forms.items():
+                shape = Shape(*sizes, operand, form != "odd", geglu=True, sm=sm)
                 name = f"{shape_key(operand)}_{form}"
                 found.append(_variant(name, shape, default_config(shape)))
-    return found
+            deep = Shape(*forms["deep"], operand, geglu=True, sm=sm)
+            parts = {**default_config(deep), "splits": 4}
+            found.append(_variant(f"{shape_key(operand)}_parts", deep, parts))
+    sizes = {n: "i32" for n in ("M", "N")}
+    constants = {"SCALE_A": 2, "SCALE_B": 2, "BIAS": True, "SPLITS": 8, "BLOCK_M": ADD_M,
+                 "BLOCK_N": ADD_N}  # fmt: skip
+    signature = {"sums_ptr": "*i32", "y_ptr": "*bf16", "scale_a_ptr": "*fp32",
+                 "scale_b_ptr": "*fp32", "bias_ptr": "*bf16"} | sizes  # fmt: skip
+    tile = {"BLOCK_M": 1, "BLOCK_N": 1024}
+    gate = {"x_ptr": "*bf16", "y_ptr": "*bf16", **sizes, "x_m": "i32"}
+    return [
+        *found,
+        Variant("geglu.add_parts", add_parts_kernel,
+                signature | {n: "constexpr" for n in constants}, constants, tuple(signature)),
+        Variant("geglu.gate", gate_kernel, gate | {n: "constexpr" for n in tile}, tile,
+                tuple(gate)),
+    ]  # fmt: skip
 
 
-VARIANTS = [
-    *_variants(),
-    Variant(
-        "geglu.gate", gate_kernel,
-        {"x_ptr": "*bf16", "y_ptr": "*bf16", "M": "i32", "N": "i32", "x_m": "i32",
-         "BLOCK_M": "constexpr", "BLOCK_N": "constexpr"},
-        {"BLOCK_M": 1, "BLOCK_N": 1024}, ("x_ptr", "y_ptr", "M", "N", "x_m"),
-    ),
-]  # fmt: skip
+VARIANTS = _variants()

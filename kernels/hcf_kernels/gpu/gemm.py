@@ -24,7 +24,7 @@ from hcf_kernels.tables import Config, find_config, shape_key
 __all__ = ["Shape", "VARIANTS", "candidates", "default_config", "launch"]
 
 ACTIVATION = {"none": 0, "silu": 1, "gelu": 2}
-ADD_M, ADD_N = 16, 128  # tile of the kernel that adds the parts of K
+ADD_M, ADD_N = 8, 128  # tile of the kernel that adds the parts of K
 
 
 @triton.jit
@@ -386,9 +386,11 @@ def grid_of(shape: Shape, config: Config, splits: int) -> tuple[int]:
 
 
 TRITON_TYPES = {torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv", torch.bfloat16: "*bf16",
-                torch.float16: "*fp16", torch.float32: "*fp32"}  # fmt: skip
+                torch.float32: "*fp32"}  # fmt: skip
 MATRIX = {torch.int8: {80: "IMMA", 90: "IGMMA"}, torch.float8_e4m3fn: {90: "QGMMA"},
           torch.bfloat16: {80: "HMMA", 90: "HGMMA"}}  # fmt: skip
+# (M, N, K): many tiles, few with a long K, rows that are not aligned
+FORMS = {"wide": (8192, 5120, 640), "deep": (128, 1280, 5120), "odd": (8192, 5120, 641)}
 FLAGS = {"SCALE_A": 2, "SCALE_B": 2, "BIAS": True, "RESIDUAL": True, "ACTIVATION": 2}
 POINTERS = {"scale_a_ptr": "*fp32", "scale_b_ptr": "*fp32", "bias_ptr": "*bf16",
             "residual_ptr": "*bf16"}  # fmt: skip
@@ -401,22 +403,36 @@ def _variant(name: str, shape: Shape, config: Config) -> Variant:
     sizes = {n: "i32" for n in ("M", "N", "K", "a_m", "b_n", "residual_m", "split_k")}
     constants = {**FLAGS, **constants_of(shape.operand, shape.k, config), "SPLITS": splits}
     signature = {"a_ptr": kind, "b_ptr": kind, "y_ptr": "*bf16" if splits == 1 else sums}
+    signature |= POINTERS | sizes
+    instruction = MATRIX.get(shape.operand, {}).get(shape.sm)
     return Variant(
         f"gemm.{name}_sm{shape.sm}", gemm_kernel,
-        signature | POINTERS | sizes | {n: "constexpr" for n in constants}, constants,
-        (*signature, *POINTERS, *sizes), config["num_warps"], config["num_stages"],
-        expect={shape.sm: (MATRIX[shape.operand][shape.sm],)}, architectures=(shape.sm,),
+        signature | {n: "constexpr" for n in constants}, constants,
+        tuple(signature) if shape.aligned else (), config["num_warps"], config["num_stages"],
+        expect={shape.sm: (instruction,)} if instruction else {}, architectures=(shape.sm,),
     )  # fmt: skip
 
 
 def _variants() -> list[Variant]:
     found = []
-    for operand, matrix in MATRIX.items():
-        word = shape_key(operand)
+    for operand, matrix in {**MATRIX, torch.float32: {80: None, 90: None}}.items():
         for sm in matrix:
-            for form, (m, n, k) in {"wide": (8192, 5120, 640), "deep": (128, 1280, 5120)}.items():
-                shape = Shape(m, n, k, operand, sm=sm, multiprocessors=132 if sm == 90 else 108)
-                found.append(_variant(f"{word}_{form}", shape, default_config(shape)))
+            for form, sizes in FORMS.items():
+                shape = Shape(*sizes, operand, form != "odd", sm=sm)
+                name = f"{shape_key(operand)}_{form}"
+                found.append(_variant(name, shape, default_config(shape)))
+    fp8 = Shape(*FORMS["wide"], torch.float8_e4m3fn)
+    found.append(_variant("float8_e4m3fn_exact", fp8, candidates(fp8)[-1]))
+    sizes = {n: "i32" for n in ("M", "N", "residual_m")}
+    constants = {**FLAGS, "SPLITS": 8, "BLOCK_M": ADD_M, "BLOCK_N": ADD_N}
+    for sums in ("*i32", "*fp32"):
+        signature = {"sums_ptr": sums, "y_ptr": "*bf16"} | POINTERS | sizes
+        found.append(
+            Variant(
+                f"gemm.add_parts_{sums.lstrip('*')}", add_parts_kernel,
+                signature | {n: "constexpr" for n in constants}, constants, tuple(signature),
+            )
+        )  # fmt: skip
     return found
 
 

@@ -94,6 +94,7 @@ def candidates(shape: Shape) -> list[Config]:
     tried += [{**default, "group_m": rows} for rows in (4, 16)]
     if not shape.aligned:
         return found + tried
+    tried.append({**default, "tma": shape.descriptors and not default["tma"]})
     for tile in [*TILES, (128, 128, 4), (256, 128, 8), (64, 256, 4)]:
         made = _config(shape, *tile, splits)
         tried += [made, {**made, "persistent": 0, "tma": False}, _config(shape, *tile, 1)]
@@ -135,12 +136,13 @@ def _config(
     tiles = triton.cdiv(shape.m, block_m) * triton.cdiv(columns, block_n) * splits
     wgmma = shape.aligned and shape.descriptors
     persistent = wgmma and tiles > shape.multiprocessors * programs
-    strips = (4 if wgmma else 8) if block_m * block_n >= 128 * 32 * warps else 1
+    large = block_m * block_n >= 128 * 32 * warps  # 128 sums a thread
+    strips = max(1, block_n // shape.products // 32) if wgmma else 8 if large else 1
     width = shape.k * shape.operand.itemsize
     row = 128 if wgmma and (width % 128 == 0 or width > 1024) else 64  # bytes
     budget = SHARED_BYTES.get(shape.sm, 99) * 1024 // programs
-    if persistent:  # a strip of y in float32 stays beside the operands of the next tile
-        budget -= 4 * block_m * block_n // (strips * shape.products) + 1024
+    if persistent:  # strips of y and of the residual stay beside the operands of the next tile
+        budget -= 8 * block_m * block_n // (strips * shape.products) + 1024
     buffers = budget // (row * (block_m + block_n))
     return {
         "block_m": block_m,
