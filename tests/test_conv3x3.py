@@ -98,13 +98,12 @@ def test_in_float32_and_by_default(shape: tuple[int, ...]) -> None:
     ids=str,
 )
 def test_kernel_size_stride_padding_and_upsampling(options: Any, config: Any) -> None:
-    for shape in ((2, 8, 3, 4), (1, 8, 2, 3)):
-        made = arguments(shape, 9, torch.float16, **options)
-        assert_as_close_as_torch(run(made, config), conv3x3_ref, *made)
+    made = arguments((2, 8, 3, 4), 9, torch.float16, **options)
+    assert_as_close_as_torch(run(made, config), conv3x3_ref, *made)
 
 
 def test_what_is_added_can_be_left_out() -> None:
-    x, weight, bias, add, residual, *_ = arguments((2, 8, 3, 3), 6, torch.float32)
+    x, weight, bias, add, residual, *_ = arguments((2, 8, 2, 2), 6, torch.float32)
     for given in (
         (None, None, None),
         (bias, None, None),

@@ -329,7 +329,7 @@ def test_smoothing_and_low_rank_branches_in_8_bits(scales_of: Any) -> None:
 
     def smooth(module: Any) -> Any:
         inputs = module.weight.shape[1]
-        return (0.5 + torch.rand(inputs, generator=generator)).numpy()
+        return (0.5 + 0.5 * torch.rand(inputs, generator=generator)).numpy()  # weights shrink
 
     def low_rank(module: Any) -> Any:
         if isinstance(module, nn.Conv2d):

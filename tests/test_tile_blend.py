@@ -28,7 +28,9 @@ CASES = [
 def arguments(
     tile: tuple[int, ...], size: tuple[int, int], overlap: int, dtype: torch.dtype
 ) -> tuple[Any, ...]:
-    count = len(tile_starts(size[0], tile[1], overlap)) * len(tile_starts(size[1], tile[2], overlap))
+    count = len(tile_starts(size[0], tile[1], overlap)) * len(
+        tile_starts(size[1], tile[2], overlap)
+    )
     tiles = torch.randn(count, *tile, generator=torch.Generator().manual_seed(0))
     return tiles.to(dtype), *size, overlap
 

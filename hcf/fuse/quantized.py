@@ -130,9 +130,10 @@ def codes_of(module: Any, scale: LayerScale) -> Codes:
     step = torch.tensor(scale.input_scale, dtype=torch.float32, device=weight.device)
     per_channel = torch.from_numpy(scale.weight_scale).to(weight.device).expand(codes.shape[0])
     smooth = None if scale.smooth is None else torch.from_numpy(scale.smooth).to(weight.device)
-    low_rank = scale.low_rank and tuple(
-        torch.from_numpy(p).to(weight.device) for p in scale.low_rank
-    )
+    low_rank = None
+    if scale.low_rank is not None:
+        up, down = scale.low_rank
+        low_rank = torch.from_numpy(up).to(weight), torch.from_numpy(down).to(weight)
     return Codes(
         weight=codes,
         scale_x=step,

@@ -148,4 +148,6 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
 def _check_rounding(dtype: torch.dtype, scale: Tensor | None = None) -> None:
     require_8_bit(dtype)
     if scale is not None and (scale.ndim or not scale.is_floating_point()):
-        raise ValueError(f"scale is {scale.dtype} of {tuple(scale.shape)}: use floating point of ()")
+        raise ValueError(
+            f"scale is {scale.dtype} of {tuple(scale.shape)}: use floating point of ()"
+        )

@@ -66,9 +66,7 @@ def moments_kernel(  # type: ignore[no-untyped-def]
     for start in range(first, last, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = i < last
-        text, guided = _predictions(
-            noise_ptr, i, inside, N, P, Q, guidance_scale, True, TRANSPOSED
-        )
+        text, guided = _predictions(noise_ptr, i, inside, N, P, Q, guidance_scale, True, TRANSPOSED)
         n = tl.minimum(last - start, BLOCK).to(tl.float32)
         text_mean, text_squares = _grown(text_mean, text_squares, count, text, inside, n)
         mean, squares = _grown(mean, squares, count, guided, inside, n)
@@ -106,9 +104,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
         there = split < splits
         counts = tl.where(there, tl.minimum(N - split * split_n, split_n), 0).to(tl.float32)
         parts = moments_ptr + (image * splits + split) * 4
-        ratio = tl.sqrt(
-            _variance(parts, there, counts, N) / _variance(parts + 2, there, counts, N)
-        )
+        ratio = tl.sqrt(_variance(parts, there, counts, N) / _variance(parts + 2, there, counts, N))
         m = m * (rescale * ratio + (1.0 - rescale))
     x = tl.load(sample_ptr + image * N + i, mask=inside, other=0.0).to(tl.float32)
     x_0 = tl.load(coefficients_ptr) * x + tl.load(coefficients_ptr + 1) * m
