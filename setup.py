@@ -7,6 +7,8 @@ top-level name becomes importable: Hugging Face itself ships a distribution call
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 from setuptools import find_packages, setup
 
@@ -20,8 +22,15 @@ for name, root in ROOTS.items():
     packages += find_packages(root, include=[name, name + ".*"])
     package_dir[name] = os.path.normpath(os.path.join(root, name))
 
+if os.environ.get("HCF_BUILD_CUDA") == "1":
+    # CUDA kernels ahead of time; needs torch and the extra `cuda`, so --no-build-isolation
+    cubins = os.path.join("kernels", "hcf_kernels", "cubin")
+    command = [sys.executable, "-m", "hcf_kernels.build", "--out", cubins]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": "kernels"})
+
+DATA = "py.typed *.html *.jinja *.css *.json *.txt csrc/*.cu csrc/*.cuh csrc/*.h cubin/*.cubin"
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"": ["py.typed", "*.html", "*.jinja", "*.css", "*.json", "*.cu", "*.txt"]},
+    package_data={"": [*DATA.split(), "tables/*.json"]},
 )

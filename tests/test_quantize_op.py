@@ -85,10 +85,8 @@ def test_a_token_of_zeros_has_scale_one() -> None:
 def test_halves_are_rounded_to_even() -> None:
     x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 126.5, 300.0, -300.0])
     wanted = torch.tensor([-2, -2, 0, 0, 2, 2, 126, 127, -127], dtype=torch.int8)
-    for found in (
-        launch(x, torch.tensor(1.0), torch.int8),
-        quantize(x, torch.tensor(1.0), wanted.dtype),
-    ):
+    one = torch.tensor(1.0)
+    for found in (launch(x, one, torch.int8), quantize(x, one, torch.int8)):
         assert torch.equal(found, wanted)
 
 

@@ -28,9 +28,8 @@ CASES = [
 def arguments(
     tile: tuple[int, ...], size: tuple[int, int], overlap: int, dtype: torch.dtype
 ) -> tuple[Any, ...]:
-    count = len(tile_starts(size[0], tile[1], overlap)) * len(
-        tile_starts(size[1], tile[2], overlap)
-    )
+    rows, columns = (tile_starts(size[i], tile[i + 1], overlap) for i in (0, 1))
+    count = len(rows) * len(columns)
     tiles = torch.randn(count, *tile, generator=torch.Generator().manual_seed(0))
     return tiles.to(dtype), *size, overlap
 

@@ -1,28 +1,29 @@
 """One step of sampling in one pass: classifier-free guidance, x_0, its limits, and the update.
 
-    m       = u + guidance_scale (t - u)          u unconditional, t with the text
-    m       = m (rescale std(t) / std(m) + 1 - rescale)          std over an image
+    m       = u + guidance_scale (t - u)                     u unconditional, t with the text
+    m       = m (rescale std(t) / std(m) + 1 - rescale)      std over an image
     x_0     = a x + b m
-    x_0     = clamp(x_0, -clip, clip)      or     clamp(x_0, -s, s) / s, s an image's threshold
+    x_0     = clamp(x_0, -clip, clip)    or    clamp(x_0, -s, s) / s, s an image's threshold
     x_prev  = c x_0 + d x + e m + f z
 
-Six numbers (a, b, c, d, e, f) make it the step of a deterministic scheduler, for every prediction
-type. alpha^2 + sigma^2 = 1 below, primes are of the timestep stepped to, k = sigma / alpha is
-the noise level of schedulers whose latents are x / alpha.
+Six numbers (a, b, c, d, e, f) make it the step of a scheduler, for every type of prediction. Below
+alpha^2 + sigma^2 = 1, primes are of the timestep stepped to, and k = sigma / alpha is the noise
+level by which schedulers like Euler go, whose latents are x / alpha.
 
     prediction    DDIM, DPM++: x = alpha x_0 + sigma eps    Euler: x = x_0 + k eps
-    epsilon       a = 1 / alpha     b = -sigma / alpha      a = 1               b = -k
-    v             a = alpha         b = -sigma              a = 1 / (k^2 + 1)   b = -k / sqrt(k^2 + 1)
-    sample        a = 0             b = 1                   a = 0               b = 1
+    epsilon       a = 1 / alpha     b = -sigma / alpha      a = 1            b = -k
+    v             a = alpha         b = -sigma              a = alpha^2      b = -sigma
+    sample        a = 0             b = 1                   a = 0            b = 1
 
-DDIM, x_prev = alpha' x_0 + sigma' eps: c = alpha'; eps is m, or alpha m + sigma x of v, or
-(x - alpha m) / sigma of a predicted sample, so d and e are sigma' times what stands before x and m.
-eps is not found again from the limited x_0; where that is asked for (use_clipped_model_output), eps
-= (x - alpha x_0) / sigma moves into c and d, and e = 0. With eta the direction shrinks and f z adds
-noise z. Euler, x_prev = x + (k' - k) (x - x_0) / k: c = 1 - k'/k, d = k'/k. DPM++ 2M (midpoint),
-h = log(k / k'): c = alpha' (1 - exp(-h)) (1 + 1/2r), d = sigma' / sigma, f = c's part in 1/2r,
-negated, of z = the x_0 of the step before; r = log(k_before / k) / h. Its first step has no 1/2r and
-is DDIM's.
+DDIM    x_prev = alpha' x_0 + sigma' eps: c = alpha'. eps is m, or alpha m + sigma x of a predicted
+        v, or (x - alpha m) / sigma of a predicted sample: d and e are sigma' times what stands
+        before x and m. It is not found again from the limited x_0; where that is asked for
+        (use_clipped_model_output), eps = (x - alpha x_0) / sigma goes into c and d, and e = 0.
+        With eta the direction sigma' eps shrinks, and f z adds noise z.
+Euler   x_prev = x + (k' - k) (x - x_0) / k: c = 1 - k' / k, d = k' / k.
+DPM++   2M, midpoint: c = alpha' (1 - exp(-h)) (1 + 1 / 2r), d = sigma' / sigma, and f is the part
+        of c with 1 / 2r, negated, of z = x_0 of the step before; h = log(k / k'), r = log(k_before
+        / k) / h. A first step, without 1 / 2r, is DDIM's.
 
 Bytes that must move: predictions and latents once, latents once. Guidance: Ho and Salimans, arXiv
 2207.12598. Rescaling: Lin et al., arXiv 2305.08891, equations 15 and 16. Thresholds: Saharia et

@@ -1,4 +1,4 @@
-"""Rounding to 8 bits before a product: with a scale that is known, or with one found for each token.
+"""Rounding to 8 bits before a product: with a known scale, or with one found for each token.
 
     codes = round(x / scale)        int8 of -127..127 or e4m3 of -448..448, to nearest even
 

@@ -40,7 +40,7 @@ def tile_blend_ref(tiles: Tensor, height: int, width: int, overlap: int) -> Tens
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles along a side begin: the first at 0, the last ends at `size` or is the only one."""
+    """Where tiles along a side begin: the first at 0; the last ends at `size`, or is the first."""
     if size <= tile:
         return [0]
     return [*range(0, size - tile, tile - overlap), size - tile]

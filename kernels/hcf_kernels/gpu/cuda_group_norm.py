@@ -133,6 +133,15 @@ def shape_of(x: Tensor, groups: int) -> Shape:
     return shape
 
 
+def takes(x: Tensor, groups: int) -> bool:
+    """Whether `launch` would take x (B, C, ...)."""
+    try:
+        shape_of(x, groups)
+    except ValueError:
+        return False
+    return True
+
+
 def norm_of(
     x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: str,
     add: Tensor | None, scale: Tensor | None, config: Config,

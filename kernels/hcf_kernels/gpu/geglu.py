@@ -266,13 +266,13 @@ def _variants() -> list[Variant]:
             deep = Shape(*forms["deep"], operand, geglu=True, sm=sm)
             parts = {**default_config(deep), "splits": 4}
             found.append(_variant(f"{shape_key(operand)}_parts", deep, parts))
-    sizes = {n: "i32" for n in ("M", "N")}
+    numbers = {n: "i32" for n in ("M", "N")}
     constants = {"SCALE_A": 2, "SCALE_B": 2, "BIAS": True, "SPLITS": 8, "BLOCK_M": ADD_M,
                  "BLOCK_N": ADD_N}  # fmt: skip
     signature = {"sums_ptr": "*i32", "y_ptr": "*bf16", "scale_a_ptr": "*fp32",
-                 "scale_b_ptr": "*fp32", "bias_ptr": "*bf16"} | sizes  # fmt: skip
+                 "scale_b_ptr": "*fp32", "bias_ptr": "*bf16"} | numbers  # fmt: skip
     tile = {"BLOCK_M": 1, "BLOCK_N": 1024}
-    gate = {"x_ptr": "*bf16", "y_ptr": "*bf16", **sizes, "x_m": "i32"}
+    gate = {"x_ptr": "*bf16", "y_ptr": "*bf16", **numbers, "x_m": "i32"}
     return [
         *found,
         Variant("geglu.add_parts", add_parts_kernel,

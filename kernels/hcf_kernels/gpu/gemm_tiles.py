@@ -1,4 +1,4 @@
-"""Tiles of a matrix product y (M, N) = a (M, K) b (N, K)^T: stated defaults, and what a tuner tries.
+"""Tiles of a product y (M, N) = a (M, K) b (N, K)^T: stated defaults, and what a tuner tries.
 
 A configuration:
 
@@ -29,8 +29,8 @@ SHARED_BYTES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 1
 TILES = {(128, 256, 8): 1.0, (128, 128, 8): 0.85, (64, 128, 4): 0.65, (64, 64, 4): 0.45}
 SMALL = (64, 64, 4)
 SPLITS = (1, 2, 3, 4, 6, 8)
-# products of 16 bits that a multiprocessor makes while it moves a byte to or from the L2 cache, and while the
-# second kernel of a split product starts
+# products of 16 bits that a multiprocessor makes while it moves a byte to or from the L2 cache, and
+# while the second kernel of a split product starts
 PRODUCTS_A_BYTE = 85
 PRODUCTS_A_LAUNCH = 8_000_000
 

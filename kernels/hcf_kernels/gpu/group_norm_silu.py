@@ -1,6 +1,8 @@
 """GroupNorm with SiLU in Triton: one pass where a group fits on chip, else three launches.
 
     one_pass    a program holds a group of an image: x is read once
+    cuda        on sm_90 a cluster of blocks holds a slab of channels (`cuda_group_norm`): x is read
+                once; only where a measured table says so
     two_pass    moments of tiles -> moments of groups -> apply: x is read twice, the second time
                 from the L2 cache where `slab_bytes` of x, that pass through all three launches
                 before the next ones do, fit there
@@ -23,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hcf_kernels.aot import Variant
+from hcf_kernels.gpu import cuda_group_norm
 from hcf_kernels.gpu.quantized import to_codes
-from hcf_kernels.tables import Config, Plan, find_config, shape_key
+from hcf_kernels.tables import Config, Plan, capability, find_config, shape_key
 
 ONE_PASS_VALUES = 16384  # of a padded group: 32 a thread in 16 warps; twice that spills
 TILE_VALUES = 4096
@@ -235,6 +238,10 @@ def launch(
         raise ValueError(f"an image of {x[0].numel()} values needs 64-bit offsets; use tiles")
     default = default_config(shape)
     config = config or find_config("group_norm_silu", _key(x, shape), default, x.device)
+    if config["variant"] == "cuda":
+        return cuda_group_norm.launch(
+            x, weight, bias, groups, eps, activation, add, scale, dtype, config
+        )
     run = _one_pass if config["variant"] == "one_pass" else _two_pass
     flags = {
         "NHWC": shape.nhwc,
@@ -265,9 +272,12 @@ def plan(
 ) -> Plan:  # fmt: skip
     """How `hcf::group_norm_silu` can run; arguments as there. Its quantised form takes the same."""
     shape = _shape(x, groups)
+    tried = candidates(shape)
+    if x.is_cuda and capability(x.device) == "sm_90" and cuda_group_norm.takes(x, groups):
+        tried += cuda_group_norm.candidates(cuda_group_norm.shape_of(x, groups))
     return Plan(
         _key(x, shape),
-        candidates(shape),
+        tried,
         lambda config: launch(x, weight, bias, groups, eps, activation, add, config=config),
     )
 

@@ -131,11 +131,12 @@ class Shape:
 
 
 def default_config(shape: Shape) -> Config:
-    """Blocks of 1024 where they fill the GPU twice, else of 256; parts of four blocks or more."""
+    """Blocks of 1024 where they fill the GPU twice, else of 256; moments of 64 parts at most."""
     large = shape.images * shape.values >= PROGRAMS * 1024
     return {
         "block": 1024 if large else 256,
-        "splits": max(1, min(64, shape.values // 4096)),
+        "moments_block": 1024,
+        "splits": max(1, min(64, shape.values // 1024)),
         "num_warps": 4,
     }
 
@@ -177,49 +178,53 @@ def _run(
     noise: Tensor, sample: Tensor, extra: Tensor | None, coefficients: Tensor,
     limits: tuple[float, float, float | None, Tensor | None], config: Config | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x_prev and x_0; the latter is x_prev where there is no extra."""
-    guidance_scale, rescale, clip, threshold = limits
+    """x_prev and x_0, with the strides of sample where it has no gaps."""
     shape = Shape(len(sample), sample[0].numel())
-    if shape.values >= 2**31:
+    if shape.values > 2**30:
         raise ValueError(f"an image of {shape.values} values needs 64-bit offsets; use tiles")
-    x_prev = torch.empty_like(sample)
-    x_0 = x_prev if extra is None else torch.empty_like(sample)
-    if x_prev.numel() == 0:
-        return x_prev, x_0
+    if sample.numel() == 0:
+        return torch.empty_like(sample), torch.empty_like(sample)
     default = default_config(shape)
     config = config or find_config("guidance_step", _key(sample), default, sample.device)
     source = sample if _is_dense(sample) else sample.contiguous()
-    nhwc = not source.is_contiguous()
     noise = noise if _is_dense(noise) else noise.contiguous()
-    channels = sample.shape[1]
-    inner = channels if nhwc else shape.values // channels
-    split_n = triton.cdiv(shape.values, config["splits"])
-    sizes = (shape.values, inner, shape.values // inner, split_n)
-    splits = triton.cdiv(shape.values, split_n)
-    turned = noise.is_contiguous() == nhwc and 1 < inner < shape.values
-    dense = source.stride() == x_prev.stride()
-    outs = [x_prev, x_0] if dense else [torch.empty_like(source), torch.empty_like(source)]
-    z = source if extra is None else _as(extra, source)
-    moments = coefficients
+    z = None if extra is None else _as(extra, source)
     with torch.cuda.device_of(sample):
-        if rescale:
-            moments = coefficients.new_empty(shape.images, splits, 4)
-            moments_kernel[(splits, shape.images)](
-                noise, moments, *sizes, guidance_scale,
-                TRANSPOSED=turned, BLOCK=1024, num_warps=4,
-            )  # fmt: skip
-        step_kernel[(triton.cdiv(shape.values, config["block"]), shape.images)](
-            noise, source, z, coefficients.contiguous(),
-            coefficients if threshold is None else threshold.contiguous(), moments, *outs,
-            *sizes, splits, guidance_scale, rescale, 0.0 if clip is None else clip,
-            GUIDED=len(noise) == 2 * shape.images, TRANSPOSED=turned, RESCALE=rescale != 0,
-            CLIP=clip is not None, THRESHOLD=threshold is not None, MULTISTEP=extra is not None,
-            SPLITS=triton.next_power_of_2(splits), BLOCK=config["block"],
-            num_warps=config["num_warps"],
-        )  # fmt: skip
-    if not dense:
-        x_prev.copy_(outs[0])
-        x_0 = x_prev if extra is None else x_0.copy_(outs[1])
+        made = _step(noise, source, z, coefficients.contiguous(), limits, shape, config)
+    x_prev, x_0 = (_as(t, torch.empty_like(sample)) for t in made)
+    return x_prev, x_0
+
+
+def _step(
+    noise: Tensor, sample: Tensor, extra: Tensor | None, coefficients: Tensor,
+    limits: tuple[float, float, float | None, Tensor | None], shape: Shape, config: Config,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x_prev and x_0 of NCHW or channels_last; the latter is x_prev where there is no extra."""
+    guidance_scale, rescale, clip, threshold = limits
+    nhwc = not sample.is_contiguous()
+    inner = sample.shape[1] if nhwc else shape.values // sample.shape[1]
+    turned = noise.is_contiguous() == nhwc and 1 < inner < shape.values
+    part = config["moments_block"]
+    split_n = triton.cdiv(triton.cdiv(shape.values, config["splits"]), part) * part
+    splits = triton.cdiv(shape.values, split_n)
+    sizes = (shape.values, inner, shape.values // inner, split_n)
+    x_prev = torch.empty_like(sample)
+    x_0 = x_prev if extra is None else torch.empty_like(sample)
+    moments = coefficients
+    if rescale:
+        moments = coefficients.new_empty(shape.images, splits, 4)
+        moments_kernel[(splits, shape.images)](
+            noise, moments, *sizes, guidance_scale, TRANSPOSED=turned, BLOCK=part, num_warps=4
+        )
+    step_kernel[(triton.cdiv(shape.values, config["block"]), shape.images)](
+        noise, sample, sample if extra is None else extra, coefficients,
+        coefficients if threshold is None else threshold.contiguous(), moments, x_prev, x_0,
+        *sizes, splits, guidance_scale, rescale, 0.0 if clip is None else clip,
+        GUIDED=len(noise) == 2 * shape.images, TRANSPOSED=turned, RESCALE=rescale != 0,
+        CLIP=clip is not None, THRESHOLD=threshold is not None, MULTISTEP=extra is not None,
+        SPLITS=triton.next_power_of_2(splits), BLOCK=config["block"],
+        num_warps=config["num_warps"],
+    )  # fmt: skip
     return x_prev, x_0
 
 
@@ -236,12 +241,16 @@ def _key(sample: Tensor) -> str:
     return shape_key(tuple(sample.shape), sample.dtype)
 
 
-def plan(noise: Tensor, sample: Tensor, *rest: Any) -> Plan:
+def plan(
+    noise: Tensor, sample: Tensor, coefficients: Tensor, guidance_scale: float,
+    rescale: float = 0.0, clip: float | None = None, threshold: Tensor | None = None,
+) -> Plan:  # fmt: skip
     """How `hcf::guidance_step` can run; arguments as there. The multistep form takes the same."""
+    made = (noise, sample, coefficients, guidance_scale, rescale, clip, threshold)
     return Plan(
         _key(sample),
         candidates(Shape(len(sample), sample[0].numel())),
-        lambda config: launch(noise, sample, *rest, config=config),
+        lambda config: launch(*made, config),
     )
 
 
@@ -262,7 +271,7 @@ def _variants() -> list[Variant]:
                 f"guidance_step.moments_{layout}", moments_kernel,
                 {"noise_ptr": "*bf16", "moments_ptr": "*fp32"} | sizes
                 | {"guidance_scale": "fp32"} | {n: "constexpr" for n in constants},
-                constants, ("noise_ptr", "N", "P"),
+                constants, ("noise_ptr", "N", "P", "split_n"),
             )
         )  # fmt: skip
         for name, rescale, clip, multistep in (("plain", False, False, False),
