@@ -58,7 +58,7 @@ def conv3x3(
     kernel is the better one there. Raises ValueError for shapes that do not fit, with the shapes.
     """
     _check_floats(x, weight, folded=False)
-    size = _check(x, weight, bias, add, residual, stride, upsample, asymmetric)
+    size = checked_size(x, weight, bias, add, residual, stride, upsample, asymmetric)
     y = conv3x3_ref(x, weight, _as(bias, x), _as(add, x), _as(residual, x), stride, upsample,
                     asymmetric)  # fmt: skip
     return _laid_out(y, size)
@@ -71,7 +71,9 @@ def _(
     asymmetric: bool = False,
 ) -> Tensor:  # fmt: skip
     _check_floats(x, weight, folded=False)
-    return output_like(x, _check(x, weight, bias, add, residual, stride, upsample, asymmetric))
+    return output_like(
+        x, checked_size(x, weight, bias, add, residual, stride, upsample, asymmetric)
+    )
 
 
 @conv3x3.register_kernel("cuda")
@@ -83,7 +85,7 @@ def _(
     from hcf_kernels.gpu.conv3x3 import launch
 
     _check_floats(x, weight, folded=False)
-    y = output_like(x, _check(x, weight, bias, add, residual, stride, upsample, asymmetric))
+    y = output_like(x, checked_size(x, weight, bias, add, residual, stride, upsample, asymmetric))
     return launch(x, weight, y, bias, add, residual, stride, upsample, asymmetric)
 
 
@@ -115,14 +117,14 @@ def upsample_conv3x3(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> T
     As `conv3x3(x, weight, bias, upsample=True)`, with 4/9 of its products.
     """
     _check_floats(x, folded, folded=True)
-    size = _check(x, folded, bias, None, None, 1, True)
+    size = checked_size(x, folded, bias, None, None, 1, True)
     return _laid_out(upsample_conv3x3_ref(x, folded, _as(bias, x)), size)
 
 
 @upsample_conv3x3.register_fake
 def _(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> Tensor:
     _check_floats(x, folded, folded=True)
-    return output_like(x, _check(x, folded, bias, None, None, 1, True))
+    return output_like(x, checked_size(x, folded, bias, None, None, 1, True))
 
 
 @upsample_conv3x3.register_kernel("cuda")
@@ -130,7 +132,7 @@ def _(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> Tensor:
     from hcf_kernels.gpu.conv3x3 import launch
 
     _check_floats(x, folded, folded=True)
-    y = output_like(x, _check(x, folded, bias, None, None, 1, True))
+    y = output_like(x, checked_size(x, folded, bias, None, None, 1, True))
     return launch(x, folded, y, bias, upsample=True)
 
 
@@ -163,7 +165,7 @@ def conv3x3_quantized(
     channel. int8 sums are exact. e4m3 sums on Hopper are the tensor cores' own, kept in fewer bits
     than float32 while K grows, as in the library's fast accumulation.
     """
-    size = _check(x, weight, bias, add, residual, stride, upsample)
+    size = checked_size(x, weight, bias, add, residual, stride, upsample)
     _check_codes(x, scale_x, scale_w, size[1], dtype)
     y = conv3x3_quantized_ref(x, weight, scale_x, scale_w, bias, add, residual, stride, dtype,
                               upsample)  # fmt: skip
@@ -176,7 +178,7 @@ def _(
     add: Tensor | None, residual: Tensor | None, stride: int, dtype: torch.dtype,
     upsample: bool = False,
 ) -> Tensor:  # fmt: skip
-    size = _check(x, weight, bias, add, residual, stride, upsample)
+    size = checked_size(x, weight, bias, add, residual, stride, upsample)
     _check_codes(x, scale_x, scale_w, size[1], dtype)
     return output_like(x, size, dtype)
 
@@ -189,7 +191,7 @@ def _(
 ) -> Tensor:  # fmt: skip
     from hcf_kernels.gpu.conv3x3 import launch
 
-    size = _check(x, weight, bias, add, residual, stride, upsample)
+    size = checked_size(x, weight, bias, add, residual, stride, upsample)
     _check_codes(x, scale_x, scale_w, size[1], dtype)
     y = output_like(x, size, dtype)
     return launch(x, weight, y, bias, add, residual, stride, upsample, False, scale_x, scale_w)
@@ -213,7 +215,7 @@ def _as(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(x.dtype)
 
 
-def _check(
+def checked_size(
     x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, residual: Tensor | None,
     stride: int, upsample: bool, asymmetric: bool = False,
 ) -> tuple[int, int, int, int]:  # fmt: skip

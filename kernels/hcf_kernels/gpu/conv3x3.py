@@ -14,9 +14,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hcf_kernels.aot import Variant
+from hcf_kernels.conv3x3 import checked_size, output_like
+from hcf_kernels.gpu import cuda_gemm
 from hcf_kernels.gpu.conv3x3_kernels import boxes_kernel, gather_kernel, sum_kernel
 from hcf_kernels.gpu.conv3x3_tiles import LINE, Shape, box, candidates, default_config, tiles_of
-from hcf_kernels.tables import Config, find_config, shape_key
+from hcf_kernels.tables import Config, Plan, find_config, shape_key
 
 __all__ = ["VARIANTS", "Shape", "candidates", "default_config", "launch"]
 
@@ -47,7 +49,7 @@ def launch(
     asymmetric: bool = False, scale_x: Tensor | None = None, scale_w: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """Writes y (B, O, P, Q), channels_last, for the operators of `hcf_kernels.conv3x3`; returns it.
+    """What the operators of `hcf_kernels.conv3x3` return, in y (B, O, P, Q) unless in CUDA C++.
 
     Raises ValueError for images of 2^30 values and more, and RuntimeError for e4m3 on a GPU that
     has none.
@@ -59,9 +61,12 @@ def launch(
     x = x.permute(0, 2, 3, 1).contiguous()
     w = weight.movedim(-3, -1).contiguous().flatten(-3).flatten(0, -2)
     shape = shape_of(x, w, y, kernel, folded, simple=stride == 1 and (folded or not upsample))
-    kind = "folded" if folded else "up" if upsample else "below" if asymmetric else ""
-    key = shape_key(tuple(x.shape), y.shape[1], f"k{kernel}s{stride}{kind}", x.dtype)
+    key = _key(x, y, kernel, stride, folded, upsample, asymmetric)
     config = config or find_config("conv3x3", key, default_config(shape), x.device)
+    if config["variant"] == "cuda" and not _cuda_takes(x, y, weight, add, stride, upsample):
+        config = default_config(shape)  # measured without a time embedding
+    if config["variant"] == "cuda":
+        return _in_cuda(x, weight, y, bias, residual, scale_x, scale_w, config)
     if config["variant"] == "boxes" and not shape.boxes:
         config = default_config(shape)  # measured with tensors that were aligned
     total = kernel**2 * triton.cdiv(shape.channels, config["block_k"])
@@ -93,6 +98,103 @@ def launch(
     if splits > 1:
         _sum(job, y, after)
     return y
+
+
+def plan_floats(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None,
+    residual: Tensor | None = None, stride: int = 1, upsample: bool = False,
+    asymmetric: bool = False,
+) -> Plan:  # fmt: skip
+    """How `hcf::conv3x3` can run; arguments as there."""
+    rest = (bias, add, residual, stride, upsample, asymmetric)
+    return _plan(x, weight, output_like(x, checked_size(x, weight, *rest)), *rest)
+
+
+def plan_folded(x: Tensor, folded: Tensor, bias: Tensor | None = None) -> Plan:
+    """How `hcf::upsample_conv3x3` can run; arguments as there."""
+    rest = (bias, None, None, 1, True)
+    return _plan(x, folded, output_like(x, checked_size(x, folded, *rest)), *rest)
+
+
+def plan_codes(
+    x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor | None,
+    add: Tensor | None, residual: Tensor | None, stride: int, dtype: torch.dtype,
+    upsample: bool = False,
+) -> Plan:  # fmt: skip
+    """How `hcf::conv3x3_quantized` can run; arguments as there."""
+    rest = (bias, add, residual, stride, upsample)
+    y = output_like(x, checked_size(x, weight, *rest), dtype)
+    return _plan(x, weight, y, *rest, False, scale_x, scale_w)
+
+
+PLANS = {
+    "conv3x3": plan_floats,
+    "upsample_conv3x3": plan_folded,
+    "conv3x3_quantized": plan_codes,
+}
+
+
+def _plan(
+    x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None, add: Tensor | None,
+    residual: Tensor | None, stride: int, upsample: bool, asymmetric: bool = False,
+    *scales: Tensor,
+) -> Plan:  # fmt: skip
+    folded, kernel = weight.ndim == 5, weight.shape[-1]
+    last = x.permute(0, 2, 3, 1).contiguous()
+    w = weight.movedim(-3, -1).contiguous().flatten(-3).flatten(0, -2)
+    shape = shape_of(last, w, y, kernel, folded, simple=stride == 1 and (folded or not upsample))
+    tried = candidates(shape)
+    if x.is_cuda and _cuda_takes(last, y, weight, add, stride, upsample):
+        found = torch.cuda.get_device_capability(x.device)
+        tried += cuda_gemm.candidates(x.dtype, found, "conv3x3")
+    scale_x, scale_w = scales or (None, None)
+    return Plan(
+        _key(last, y, kernel, stride, folded, upsample, asymmetric),
+        tried,
+        lambda config: launch(
+            x,
+            weight,
+            y,
+            bias,
+            add,
+            residual,
+            stride,
+            upsample,
+            asymmetric,
+            scale_x,
+            scale_w,
+            config,
+        ),
+    )
+
+
+def _key(
+    x: Tensor, y: Tensor, kernel: int, stride: int, folded: bool, upsample: bool, asymmetric: bool
+) -> str:
+    kind = "folded" if folded else "up" if upsample else "below" if asymmetric else ""
+    return shape_key(tuple(x.shape), y.shape[1], f"k{kernel}s{stride}{kind}", x.dtype)
+
+
+def _cuda_takes(
+    x: Tensor, y: Tensor, weight: Tensor, add: Tensor | None, stride: int, upsample: bool
+) -> bool:
+    """Whether csrc/conv3x3_sm90.cu computes this: x (B, H, W, C), 3x3, stride 1, nothing added."""
+    plain = weight.ndim == 4 and weight.shape[-1] == 3 and stride == 1 and not upsample
+    rows = x.shape[-1] * x.element_size() % 16 == 0 and y.shape[1] % 8 == 0
+    sixteen = y.dtype in (torch.float16, torch.bfloat16) and x.dtype != torch.float32
+    return plain and rows and sixteen and add is None
+
+
+def _in_cuda(
+    x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None, residual: Tensor | None,
+    scale_x: Tensor | None, scale_w: Tensor | None, config: Config,
+) -> Tensor:  # fmt: skip
+    made = cuda_gemm.launch_conv3x3(
+        x, weight.permute(0, 2, 3, 1).contiguous(), scale_x, scale_w, bias,
+        None if residual is None else residual.permute(0, 2, 3, 1).contiguous(), "none",
+        y.dtype, config,
+    )  # fmt: skip
+    return made.permute(0, 3, 1, 2)
 
 
 def shape_of(x: Tensor, w: Tensor, y: Tensor, kernel: int, folded: bool, simple: bool) -> Shape:
