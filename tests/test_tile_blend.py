@@ -13,13 +13,13 @@ from hcf_kernels.gpu.tile_blend import candidates, default_config, launch
 from hcf_kernels.testing import assert_as_close_as_torch
 from hcf_kernels.tile_blend import tile_blend, tile_blend_ref, tile_starts
 
-# (C, h, w), image, overlap: one tile; no overlap; odd; primes, three tiles over a pixel; one side
-# shorter than a tile; half a tile of overlap
+# (C, h, w), image, overlap: one tile; no overlap; odd; primes, with three tiles over a column; one
+# side shorter than a tile; half a tile of overlap
 CASES = [
     ((1, 1, 1), (1, 1), 0),
     ((3, 4, 4), (4, 12), 0),
-    ((2, 5, 7), (13, 15), 2),
-    ((1, 7, 13), (11, 37), 3),
+    ((2, 5, 7), (7, 15), 2),
+    ((1, 7, 13), (11, 34), 3),
     ((3, 8, 8), (5, 21), 3),
     ((2, 4, 6), (9, 16), 2),
 ]
@@ -80,6 +80,11 @@ def test_strided_tiles_are_taken_as_they_are_seen() -> None:
         for found in (launch(view, *rest), tile_blend(view, *rest)):
             assert found.is_contiguous()
             assert_as_close_as_torch(found, tile_blend_ref, view, *rest)
+
+
+def test_three_tiles_can_cover_a_pixel() -> None:
+    covered = [[k for k in tile_starts(34, 13, 3) if k <= x < k + 13] for x in range(34)]
+    assert max(map(len, covered)) == 3 and covered[22] == [10, 20, 21]
 
 
 def test_every_candidate_runs() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import pkgutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hcf_kernels
+import hcf_kernels.gpu
 from hcf_bench.environment import Environment, read_environment
 from hcf_bench.kernel_calls import KernelCall, TensorSpec
 from hcf_bench.peers import sqnr_db
@@ -214,9 +216,12 @@ def write_table(
 
 def plan_of(call: KernelCall, arguments: tuple[Any, ...]) -> Plan | None:
     """How a call can be run; None where its operator has nothing to choose."""
-    module = import_module(f"hcf_kernels.gpu.{hcf_kernels.MODULES[call.op]}")
-    make = getattr(module, "PLANS", {}).get(call.op)
-    return None if make is None else make(*arguments)
+    for module in pkgutil.iter_modules(hcf_kernels.gpu.__path__):
+        plans = getattr(import_module(f"hcf_kernels.gpu.{module.name}"), "PLANS", {})
+        if call.op in plans:
+            found: Plan = plans[call.op](*arguments)
+            return found
+    return None
 
 
 def operator(op: str) -> Callable[..., Any]:

@@ -148,10 +148,16 @@ def _check_int8(
 
 
 def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.ndim != 2 or weight.shape[0] % 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+    if (
+        weight.ndim != 2
+        or weight.shape[0] % 2
+        or x.ndim < 1
+        or x.shape[-1] != weight.shape[1]
+        or not weight.numel()
+    ):
         raise ValueError(
             f"x (..., K) is {tuple(x.shape)}, weight (2N, K) {tuple(weight.shape)}: "
-            "the same K, and an even number of rows"
+            "the same K > 0, and an even number of rows"
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias is {tuple(bias.shape)}, weight has {weight.shape[0]} rows")

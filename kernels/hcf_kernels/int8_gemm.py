@@ -98,8 +98,8 @@ def check_gemm(
             f"a (M, K) and b (N, K) are {operand}, not {a.dtype} of {tuple(a.shape)} and "
             f"{b.dtype} of {tuple(b.shape)}"
         )
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"a is {tuple(a.shape)}, b {tuple(b.shape)}: (M, K) and (N, K)")
+    if a.shape[1] != b.shape[1] or a.shape[1] == 0:
+        raise ValueError(f"a is {tuple(a.shape)}, b {tuple(b.shape)}: (M, K) and (N, K), K > 0")
     check_scales(scale_a, scale_b, a.shape[0], b.shape[0], bias)
     if residual is not None and tuple(residual.shape) != (a.shape[0], b.shape[0]):
         size = (a.shape[0], b.shape[0])

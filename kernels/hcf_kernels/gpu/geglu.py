@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hcf_kernels.aot import Variant
+from hcf_kernels.gpu import cuda_gemm
 from hcf_kernels.gpu.gemm import (
     ADD_M,
     ADD_N,
@@ -187,7 +188,10 @@ def launch(
         return y
     shape = shape_of(a, weight, y)
     key = key_of(shape, y.dtype)
-    config = fitted(config or find_config("geglu", key, default_config(shape), a.device), shape)
+    config = config or find_config("geglu", key, default_config(shape), a.device)
+    if config.get("variant") == "cuda":
+        return cuda_gemm.launch_geglu(a, weight, bias, scale_a, scale_b, y.dtype, config)
+    config = fitted(config, shape)
     operands = tuple(y if t is None else t.contiguous() for t in (scale_a, scale_b, bias))
     flags = scale_flags(scale_a, scale_b, bias)
     splits, split_k = parts_of(shape.k, config)
@@ -218,14 +222,18 @@ def gate_candidates() -> list[Config]:
     return [{**tile, "num_warps": warps} for tile in made for warps in (4, 8)]
 
 
+def gate_key(x: Tensor) -> str:
+    """x (M, 2N) in a table."""
+    return shape_key((x.shape[0], x.shape[1] // 2), x.dtype)
+
+
 def launch_gate(x: Tensor, config: Config | None = None) -> Tensor:
     """Runs the kernel for `hcf::geglu_gate` on x (M, 2N)."""
     x = x if x.stride(1) == 1 else x.contiguous()
     y = x.new_empty(x.shape[0], x.shape[1] // 2)
     if y.numel() == 0:
         return y
-    key = shape_key(tuple(y.shape), x.dtype)
-    config = config or find_config("geglu_gate", key, gate_candidates()[0], x.device)
+    config = config or find_config("geglu_gate", gate_key(x), gate_candidates()[0], x.device)
     block_m, block_n = config["block_m"], config["block_n"]
     with torch.cuda.device_of(x):
         gate_kernel[(triton.cdiv(y.shape[0], block_m), triton.cdiv(y.shape[1], block_n))](

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hcf_kernels.aot import Variant
+from hcf_kernels.gpu import cuda_gemm
 from hcf_kernels.gpu.gemm_tiles import Shape, candidates, default_config, fitted
 from hcf_kernels.tables import Config, find_config, shape_key
 
@@ -286,7 +287,10 @@ def launch(
     shape = shape_of(a, b, y)
     op = {torch.int8: "int8_gemm", torch.float8_e4m3fn: "fp8_gemm"}.get(a.dtype, "gemm")
     key = key_of(shape, dtype)
-    config = fitted(config or find_config(op, key, default_config(shape), a.device), shape)
+    config = config or find_config(op, key, default_config(shape), a.device)
+    if config.get("variant") == "cuda":
+        return cuda_gemm.launch(a, b, scale_a, scale_b, bias, residual, activation, dtype, config)
+    config = fitted(config, shape)
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     operands = (

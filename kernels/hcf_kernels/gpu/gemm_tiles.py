@@ -150,7 +150,7 @@ def _config(
         "block_k": row // shape.operand.itemsize,
         "num_warps": warps,
         # one stage of a product without wgmma is in registers
-        "num_stages": max(2, min(4, buffers if shape.sm == 90 else buffers + 1)),
+        "num_stages": max(2, min(4, buffers if wgmma else buffers + 1)),
         "group_m": 8,
         "persistent": programs if persistent else 0,
         "tma": persistent,
