@@ -1,11 +1,11 @@
-# make demo | test | check | bench | gpu | install | clean
+# make demo | test | check | bench | gpu | gpu-kernels | install | clean
 # (needs Python 3.11 or newer and nothing else; gpu needs a host with a GPU and torch)
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check bench gpu gpu-rehearsal install clean
+.PHONY: demo test check bench gpu gpu-kernels gpu-rehearsal install clean
 
 # torch is named in the same command as the rest: left to other packages' requirements it would
 # come in a newer version than the one in constraints.txt.
@@ -40,6 +40,11 @@ GPU_OUT ?= out/gpu
 GPU_BUDGET ?= 540
 gpu:
 	PYTHONPATH=.:kernels:models:bench $(PYTHON) -m hcf_bench gpu --out $(GPU_OUT) --budget $(GPU_BUDGET)
+
+# every fused kernel over the shapes models ask for, once the suite is through
+gpu-kernels:
+	PYTHONPATH=.:kernels:models:bench $(PYTHON) -m hcf_bench kernels --device cuda \
+		--output $(GPU_OUT)/kernels --budget $(GPU_BUDGET)
 
 gpu-rehearsal: .venv/.installed
 	PYTHONPATH=.:kernels:models:bench $(BIN)/python -m hcf_bench gpu --rehearsal --out out/rehearsal

@@ -42,6 +42,7 @@ Call = Callable[[], Any]
 Log = Callable[[str], None]
 ROUNDS = 7
 LEAST_SQNR_DB = 20.0  # of our output against the reference in float32
+EXACT_DB = 999.0  # of an output without any difference: records hold finite numbers
 LARGEST_REFERENCE = 2**31  # FLOPs of a product that is checked in float64 on a CPU
 
 
@@ -66,7 +67,6 @@ class KernelRow(BaseModel):
     tflops: float | None = None
     ceiling: str = ""
     share: float | None = None
-    config: dict[str, Any] = {}
     failed: dict[str, str] = {}
 
 
@@ -123,6 +123,7 @@ def time_call(
     arguments = call.make(device)
     ours = partial_call(operator(call.op), arguments)
     output = ours()
+    distance = _checked(call, arguments, output)
     row = KernelRow(
         op=call.op,
         call=str(call),
@@ -130,26 +131,26 @@ def time_call(
         count=count,
         gbyte=_bytes_of(call, output) / 1e9,
         tflop=flops_of(call) / 1e12,
+        sqnr_db=distance if distance is None or math.isfinite(distance) else EXACT_DB,
     )
-    row.sqnr_db = _checked(call, arguments, output)
-    if row.sqnr_db is not None and not row.sqnr_db >= LEAST_SQNR_DB:
-        row.failed["ours"] = f"{row.sqnr_db:.1f} dB to the reference"
-        return row
-    contenders = {"ours": ours}
+    if distance is not None and not distance >= LEAST_SQNR_DB:
+        return row.model_copy(update={"failed": {"ours": f"{distance:.1f} dB to the reference"}})
+    contenders, failed = {"ours": ours}, {}
     for name, make in contenders_of(call, arguments, compiles).items():
         try:
             make()
             contenders[name] = make
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            row.failed[name] = str(error).splitlines()[0][:200]
+            failed[name] = str(error).splitlines()[0][:200]
     times = in_turns(contenders, device)
-    row.ms = {name: sorted(found)[len(found) // 2] for name, found in times.items()}
-    for name in times:
-        if name != "ours":
-            found = pair_statistics(times[name], times["ours"], seed=0).speedup
-            row.faster[name] = Bounds.of(found)
-    _rate(row, ceilings)
-    return row
+    faster = {
+        name: Bounds.of(pair_statistics(found, times["ours"], seed=0).speedup)
+        for name, found in times.items()
+        if name != "ours"
+    }
+    ms = {name: sorted(found)[len(found) // 2] for name, found in times.items()}
+    rates = _rates(row, ms["ours"], ceilings)
+    return row.model_copy(update={"ms": ms, "faster": faster, "failed": failed, **rates})
 
 
 def in_turns(
@@ -389,7 +390,7 @@ def _float(output: Any) -> Tensor:
 
 def _bytes_of(call: KernelCall, output: Any) -> int:
     outputs = output if isinstance(output, tuple) else (output,)
-    moved = {a for a in call.arguments if isinstance(a, TensorSpec)}
+    moved = [a for a in call.arguments if isinstance(a, TensorSpec)]
     return sum(a.nbytes for a in moved) + sum(t.nbytes for t in outputs)
 
 
@@ -399,16 +400,16 @@ def _dtype_of(call: KernelCall) -> str:
             torch.int8: "int8", torch.float8_e4m3fn: "fp8"}[first.dtype]  # fmt: skip
 
 
-def _rate(row: KernelRow, ceilings: Mapping[str, float]) -> None:
+def _rates(row: KernelRow, ms: float, ceilings: Mapping[str, float]) -> dict[str, Any]:
     """GB/s and TFLOP/s of ours, and the share of the ceiling it is nearest to."""
-    seconds = row.ms["ours"] / 1e3
-    row.gbps = row.gbyte / seconds
-    row.tflops = row.tflop / seconds if row.tflop else None
-    shares = {}
-    if "copy" in ceilings:
-        shares["copy"] = row.gbps / ceilings["copy"]
-    if row.tflops and (gemm := ceilings.get(f"gemm-{row.dtype}")):
-        shares[f"gemm-{row.dtype}"] = row.tflops / gemm
-    if shares:
-        row.ceiling = max(shares, key=lambda name: shares[name])
-        row.share = shares[row.ceiling]
+    gbps, tflops = row.gbyte / (ms / 1e3), row.tflop / (ms / 1e3)
+    shares = {"copy": gbps / ceilings["copy"]} if "copy" in ceilings else {}
+    if row.tflop and (gemm := ceilings.get(f"gemm-{row.dtype}")):
+        shares[f"gemm-{row.dtype}"] = tflops / gemm
+    nearest = max(shares, key=lambda name: shares[name], default="")
+    return {
+        "gbps": gbps,
+        "tflops": tflops or None,
+        "ceiling": nearest,
+        "share": shares.get(nearest),
+    }
