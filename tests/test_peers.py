@@ -156,8 +156,8 @@ ALONE = [n for n in ON_CPU if "deepcache" not in n and "module" in PEERS[n].kind
 @pytest.mark.parametrize("name", ALONE)
 def test_nan_weights_are_not_hidden(name: str, tmp_path: Path) -> None:
     peer = find_peer(name)
-    if not runs_here(peer):
-        return
+    if not runs_here(peer) or name.startswith("fused"):
+        return  # fused peers refuse a module without a block they know: tests/test_fuse.py
     case = small_case(Small(), peer.dtype)
     case.module.get_parameter("up.weight")[3, 5] = math.nan
     try:
