@@ -176,9 +176,9 @@ def kernels(
     tune: Annotated[
         bool, typer.Option("--tune", help="Find the fastest configurations instead.")
     ] = False,
-    tables: Annotated[Path, typer.Option("--tables", help="Where --tune keeps them.")] = Path(
-        "kernels/hcf_kernels/tables"
-    ),
+    tables: Annotated[
+        Path | None, typer.Option("--tables", help="Where --tune keeps them; default: the package.")
+    ] = None,
     compiler: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Beside torch.compile max-autotune.")
     ] = True,

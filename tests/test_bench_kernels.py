@@ -23,6 +23,7 @@ from hcf_bench.kernels import (
 )
 from hcf_kernels import MODULES
 
+OTHER = ("int8_gemm", "quantize", "conv3x3", "conv3x3_quantized", "geglu_int8")
 NORM = KernelCall(
     "group_norm_silu",
     (
@@ -88,7 +89,7 @@ def test_the_costliest_calls_come_first() -> None:
         calls[c] * sum(a.nbytes for a in c.arguments if isinstance(a, TensorSpec)) for c in ordered
     ]
     assert size == sorted(size, reverse=True)
-    assert {call.op for call in select(calls, ["geglu"])} == {"geglu"}
+    assert {call.op for call in select(calls, ["geglu("])} == {"geglu"}
 
 
 def test_tuning_keeps_the_fastest_that_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,3 +122,40 @@ def test_the_command_writes_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(record.rows) == 2 and not list(tmp_path.glob("*.tmp"))
     refused = CliRunner().invoke(app, [*command, "2", "--tune"])
     assert refused.exit_code != 0
+
+
+def test_layers_are_recorded_in_8_bits_too() -> None:
+    calls = model_calls("mini/unet", 2, "fp32")
+    ops = {call.op for call in calls}
+    assert {
+        "int8_gemm",
+        "fp8_gemm",
+        "quantize",
+        "conv3x3",
+        "conv3x3_quantized",
+        "geglu_int8",
+    } <= ops
+    made = [call for call in calls if call.op == "int8_gemm"]
+    assert all(call.arguments[0].shape[1] == call.arguments[1].shape[1] for call in made)
+
+
+@pytest.mark.parametrize(
+    "op", ["int8_gemm", "quantize", "conv3x3", "conv3x3_quantized", "geglu_int8"]
+)
+def test_every_kind_of_call_can_be_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "ROUNDS", 2)
+    calls = [call for call in model_calls("mini/unet", 2, "fp32") if call.op == op]
+    smallest = min(calls, key=lambda call: call.arguments[0].nbytes)
+    row = time_call(smallest, 1, "cpu", False, {})
+    assert not row.failed and len(row.ms) >= 2, row
+
+
+def test_a_table_is_merged_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "capability", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    folder = tmp_path / "tables"
+    kernels.write_table({"geglu": {"1": {"a": 1}}}, folder, "cuda")
+    path = kernels.write_table({"geglu": {"2": {"a": 2}}, "quantize": {}}, folder, "cuda")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["ops"]["geglu"] == {"1": {"a": 1}, "2": {"a": 2}} and found["device"] == "a GPU"
+    assert list(folder.iterdir()) == [path]

@@ -20,7 +20,7 @@ from hcf_kernels.conv3x3 import (
 )
 from hcf_kernels.gpu.conv3x3 import Shape, candidates, default_config, launch, shape_of
 from hcf_kernels.gpu.conv3x3_tiles import box, estimate
-from hcf_kernels.rounding import quantize_ref
+from hcf_kernels.rounding import round_to_codes
 from hcf_kernels.testing import assert_as_close_as_torch, largest_error
 
 # small tiles, so that small maps have several of everything
@@ -133,7 +133,7 @@ def test_everything_a_tuner_tries_is_right(shape: Shape) -> None:
 
 def codes(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     """A few hundred steps of either grid, to the ends of int8."""
-    made = quantize_ref(noise(*shape, seed=seed), torch.tensor(0.02), dtype)
+    made = round_to_codes(noise(*shape, seed=seed), torch.tensor(0.02), dtype)
     return made.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else made
 
 

@@ -291,3 +291,21 @@ def test_a_broken_graph_is_refused(tmp_path: Path) -> None:
         inspect_onnx(tmp_path / "model.onnx")
     with pytest.raises(InvalidArtifact, match="does not exist"):
         inspect_onnx(tmp_path / "other.onnx")
+
+
+def test_a_disk_that_is_full_leaves_the_weights_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = make_tiny_pipeline().unet
+    before = {name: p.clone() for name, p in unet.named_parameters()}
+
+    def full(held: Any, path: Path) -> Any:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hcf.export.offload, "OFFLOAD_FROM_BYTES", 1)
+    monkeypatch.setattr(hcf.export.offload, "_write", full)
+    with pytest.raises(OSError, match="No space"), offloaded(unet, tmp_path):
+        raise AssertionError("it cannot begin")
+    assert list(tmp_path.iterdir()) == []
+    assert all(torch.equal(p, before[name]) for name, p in unet.named_parameters())

@@ -350,3 +350,75 @@ def test_scales_that_do_not_fit_are_told(scales_of: Any) -> None:
     weight_only = scales_of(unet, "int8-weight")
     report = fuse(unet, ["layer_norm"], {"conv_in": weight_only["conv_in"]})
     assert report.kept == {"conv_in": "int8-weight has no 8-bit product"}
+
+
+def test_a_processor_that_was_set_since_stays() -> None:
+    unet = make_tiny_pipeline().unet
+    fuse(unet, ["attention"])
+    attn = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    mine = AttnProcessor()
+    attn.set_processor(mine)
+    unfuse(unet)
+    assert attn.processor is mine and not is_fused(unet)
+
+
+def test_inside_unfused_layers_in_8_bits_keep_their_codes(scales_of: Any) -> None:
+    unet = make_tiny_pipeline().unet
+    before = call(unet)
+    fuse(unet, scales=scales_of(unet, "int8"))
+    in_8_bits = call(unet)
+    with unfused(unet):
+        assert torch.equal(call(unet), before)
+    assert torch.equal(call(unet), in_8_bits) and not torch.equal(in_8_bits, before)
+
+
+def test_a_model_in_8_bits_is_not_exported_as_if_it_were_not(
+    tmp_path: Path, scales_of: Any
+) -> None:
+    from hcf.errors import HcfError
+    from hcf.export.onnx import export_components
+    from hcf.settings import ExportConfig
+
+    pipe = make_tiny_pipeline()
+    fuse(pipe, scales=scales_of(pipe.unet, "int8"))
+    with pytest.raises(HcfError, match="more layers compute in 8 bits") as told:
+        export_components(pipe, tmp_path, ExportConfig(components=["unet"]), print)
+    assert "hcf.unfuse" in str(told.value.fix) and list(tmp_path.iterdir()) == []
+
+
+def test_a_replaced_forward_and_a_norm_over_two_axes_are_kept() -> None:
+    block = nn.Sequential(nn.LayerNorm((4, 8)), nn.LayerNorm(8), nn.LayerNorm(8))
+    block[2].forward = lambda x: x  # type: ignore[method-assign]
+    report = fuse(block, OPS)
+    assert report.swapped == {"1": "layer_norm"}
+    assert report.kept == {
+        "0": "it is over more than the last axis",
+        "2": "something else has replaced its forward",
+    }
+
+
+def test_a_failure_leaves_nothing_fused(scales_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hcf.fuse import modules
+
+    def fail(attn: Any) -> None:
+        raise ZeroDivisionError
+
+    unet = make_tiny_pipeline().unet
+    before = call(unet)
+    monkeypatch.setattr(modules, "takes_processor", fail)
+    with pytest.raises(ZeroDivisionError):
+        fuse(unet, OPS, scales_of(unet, "int8"))
+    assert not is_fused(unet) and torch.equal(call(unet), before)
+
+
+def test_a_block_that_drops_in_training_still_does() -> None:
+    block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4, dropout=0.5)
+    x = torch.randn(1, 16, 4, 4)
+    fuse(block)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        found = block.train()(x, None)
+        unfuse(block)
+        torch.manual_seed(0)
+        assert torch.equal(found, block(x, None))
+        assert not torch.equal(found, block.eval()(x, None))

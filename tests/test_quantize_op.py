@@ -18,9 +18,9 @@ from hcf_kernels.gpu.quantize import (
 )
 from hcf_kernels.quantize import (
     quantize,
-    quantize_axis_ref,
     quantize_per_token,
     quantize_per_token_ref,
+    quantize_ref,
 )
 from hcf_kernels.rounding import LARGEST
 from hcf_kernels.testing import assert_same_codes
@@ -52,7 +52,7 @@ def test_known_scales_in_the_interpreter(shape: tuple[int, ...], kind: torch.dty
             views.append((x.to(memory_format=torch.channels_last), 1))
         for view, axis in views:
             for scale in (torch.tensor(0.02), scales(view.shape[axis])):
-                exact = quantize_axis_ref(view, scale, kind, axis)
+                exact = quantize_ref(view, scale, kind, axis)
                 for found in (
                     launch(view, scale, kind, axis),
                     quantize(view, scale, kind, axis),
@@ -95,7 +95,7 @@ def test_strided_x_is_taken_as_it_is_seen() -> None:
     for view in (x[..., ::2], x.transpose(1, 3), x.permute(2, 0, 3, 1), x[:, 1:4], x[:, :1]):
         for axis in (1, -1):
             scale = scales(view.shape[axis])
-            exact = quantize_axis_ref(view, scale, torch.int8, axis)
+            exact = quantize_ref(view, scale, torch.int8, axis)
             for found in (
                 launch(view, scale, torch.int8, axis),
                 quantize(view, scale, torch.int8, axis),
@@ -135,7 +135,7 @@ def test_tiles_waste_nothing_on_widths_of_u_nets() -> None:
 def test_every_candidate_runs() -> None:
     x = values((3, 5, 40), torch.float32)
     for scale in (torch.tensor(0.02), scales(40)):
-        exact = quantize_axis_ref(x, scale, torch.int8)
+        exact = quantize_ref(x, scale, torch.int8)
         shape = tiling(x, scale, -1)
         assert candidates(shape)[0] == default_config(shape)
         for config in [*candidates(shape), SMALL]:
@@ -197,9 +197,9 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
             torch.testing.assert_close(scale, scale_exact, rtol=1e-6, atol=0)
             assert_same_codes(codes, exact)
             for size in (torch.tensor(0.02), scales(shape[-1])):
-                exact = quantize_axis_ref(x, size.cuda(), kind)
+                exact = quantize_ref(x, size.cuda(), kind)
                 assert_same_codes(quantize(x, size.cuda(), kind), exact)
         image = values((2, 320, 64, 64), dtype).cuda()
         for x in (image, image.to(memory_format=torch.channels_last)):
-            exact = quantize_axis_ref(x, scales(320).cuda(), kind, 1)
+            exact = quantize_ref(x, scales(320).cuda(), kind, 1)
             assert_same_codes(quantize(x, scales(320).cuda(), kind, 1), exact)

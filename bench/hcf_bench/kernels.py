@@ -36,7 +36,7 @@ from hcf_bench.results import STRICT, Bounds
 from hcf_bench.roofline import survey_ceilings
 from hcf_bench.statistics import pair_statistics
 from hcf_bench.timing import cache_flusher, time_batches
-from hcf_kernels.tables import Plan, capability
+from hcf_kernels.tables import FOLDER, Plan, capability
 
 Call = Callable[[], Any]
 Log = Callable[[str], None]
@@ -194,11 +194,16 @@ def tune_calls(
 
 
 def write_table(
-    table: Mapping[str, Mapping[str, Mapping[str, Any]]], folder: Path, device: str
+    table: Mapping[str, Mapping[str, Mapping[str, Any]]], folder: Path | None, device: str
 ) -> Path:
-    """Merges `table` into `folder`/<capability>.json, written whole and then renamed."""
+    """Merges `table` into `folder`/<capability>.json, written whole and then renamed.
+
+    Without a folder that of the package, where launchers look.
+    """
     import triton
 
+    folder = folder or FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{capability(torch.device(device))}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"ops": {}}
     for op, configs in table.items():
@@ -263,33 +268,44 @@ def contenders_of(call: KernelCall, arguments: tuple[Any, ...], compiles: bool) 
     return found
 
 
-def _int8_library(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
-    residual: Tensor | None = None, activation: str = "none", dtype: torch.dtype = torch.float16,
-) -> dict[str, Call]:  # fmt: skip
-    x, w = a.to(dtype), b.to(dtype)
-    epilogue = {} if bias is None else {"bias": bias.to(dtype)}
-    return {
-        "16-bit": lambda: F.linear(x, w, **epilogue),
-        "library": lambda: torch._int_mm(a, b.T),  # without scales
-    }
-
-
-def _fp8_library(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
-    residual: Tensor | None = None, activation: str = "none", dtype: torch.dtype = torch.float16,
-) -> dict[str, Call]:  # fmt: skip
-    x, w = a.to(dtype), b.to(dtype)
+def _product_library(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, *rest: Any
+) -> dict[str, Call]:
+    """The same product in 16 bits, and the library's in 8 bits, which has no scales or bias."""
+    dtype = rest[-1]
+    x, w, row = a.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype)
     one = torch.ones((), device=a.device)
-    return {
-        "16-bit": lambda: F.linear(x, w, None if bias is None else bias.to(dtype)),
-        "library": lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16),
-    }
+    library: Call = lambda: torch._int_mm(a, b.T)  # noqa: E731
+    if a.dtype != torch.int8:
+        library = lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)  # noqa: E731
+    return {"16-bit": lambda: F.linear(x, w, row), "library": library}
+
+
+def _gate_library(
+    a: Tensor, weight: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> dict[str, Call]:  # fmt: skip
+    """The same GEGLU in 16 bits, by torch."""
+    plain = reference("geglu")
+    x, w, row = a.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return {"16-bit": lambda: plain(x, w, row)}
+
+
+def _conv_library(
+    x: Tensor, weight: Tensor, scale_x: Tensor, scale_w: Tensor, bias: Tensor | None, add: Any,
+    residual: Any, stride: int, dtype: torch.dtype,
+) -> dict[str, Call]:  # fmt: skip
+    """The same convolution in 16 bits, by the library."""
+    image, w = x.to(dtype), weight.to(dtype)
+    padding = weight.shape[-1] // 2
+    return {"16-bit": lambda: F.conv2d(image, w, bias, stride, padding)}
 
 
 LIBRARY: dict[str, Callable[..., dict[str, Call]]] = {
-    "int8_gemm": _int8_library,
-    "fp8_gemm": _fp8_library,
+    "int8_gemm": _product_library,
+    "fp8_gemm": _product_library,
+    "geglu_int8": _gate_library,
+    "conv3x3_quantized": _conv_library,
 }
 
 
@@ -304,8 +320,7 @@ def flops_of(call: KernelCall) -> float:
         batch, heads, tokens, width = shapes[0]
         return 4.0 * batch * heads * tokens * shapes[1][2] * width
     if call.op.startswith(("conv3x3", "upsample_conv3x3")):
-        with torch.device("meta"):
-            output = operator(call.op)(*call.make("meta"))
+        output = call.output()
         outputs, weight = output.numel() // output.shape[1], math.prod(shapes[1])
         return 2.0 * outputs * (weight / 4 if call.op.startswith("upsample") else weight)
     return 0.0

@@ -2,10 +2,10 @@
 
 The peak is the check of the float32 graph on ONNX Runtime. Beside torch's weights:
 
-    weights              a graph of                            torch's weights meanwhile
-    under 1 GiB          two copies, its own and the runtime's  in memory
-    1 to 2 GiB           one, mapped from the file beside it    in memory
-    2 GiB and more       one, mapped                            mapped, not touched
+    weights           of the graph                              torch's meanwhile
+    up to 1 GiB       two copies, its own and the runtime's     in memory
+    1 to 2 GiB        one, mapped from the file beside it       in memory
+    2 GiB and more    one, mapped                               mapped, not touched
 
 and the activations: those of torch, and the scores of attention, which torch never holds whole.
 """

@@ -12,14 +12,15 @@ from onnxscript import OnnxFunction, script
 from onnxscript import opset21 as op
 from onnxscript.values import Op, Opset
 
+from hcf.errors import HcfError
+
 HCF = Opset("hcf", 1)
 
 
 @script(HCF, default_opset=op)
 def GroupNorm(x, weight, bias, groups: int, epsilon: float):  # type: ignore[no-untyped-def]  # noqa: N802
     """x (B, C, ...), weight and bias (C,) -> (B, C, ...)"""
-    y = op.GroupNormalization(x, weight, bias, num_groups=groups, epsilon=epsilon)
-    return y
+    return op.GroupNormalization(x, weight, bias, num_groups=groups, epsilon=epsilon)
 
 
 @script(HCF, default_opset=op)
@@ -32,8 +33,7 @@ def GroupNormSiLU(x, weight, bias, groups: int, epsilon: float):  # type: ignore
 @script(HCF, default_opset=op)
 def AddGroupNorm(x, add, weight, bias, groups: int, epsilon: float):  # type: ignore[no-untyped-def]  # noqa: N802
     """x (B, C, ...), add (B, C, 1, ...) -> (B, C, ...)"""
-    y = op.GroupNormalization(x + add, weight, bias, num_groups=groups, epsilon=epsilon)
-    return y
+    return op.GroupNormalization(x + add, weight, bias, num_groups=groups, epsilon=epsilon)
 
 
 @script(HCF, default_opset=op)
@@ -50,8 +50,7 @@ def ModulatedGroupNorm(x, weight, bias, groups: int, epsilon: float):  # type: i
     one = op.Expand(op.CastLike(op.Constant(value_float=1.0), x), channels)
     zero = op.Expand(op.CastLike(op.Constant(value_float=0.0), x), channels)
     v = op.GroupNormalization(x, one, zero, num_groups=groups, epsilon=epsilon)
-    y = v * weight + bias
-    return y
+    return v * weight + bias
 
 
 @script(HCF, default_opset=op)
@@ -144,7 +143,10 @@ def group_norm_silu(
         form, inputs[1:] = "Modulated", [op.Unsqueeze(weight, space), op.Unsqueeze(bias, space)]
     if add is not None:
         if form:
-            raise NotImplementedError("add and a weight for each image have no ONNX function")
+            raise HcfError(
+                "group_norm_silu with add and a weight for each image has no ONNX function",
+                fix="use export.kernels: plain",
+            )
         form, inputs[1:] = "Add", [op.Unsqueeze(add, space), weight, bias]
     name = f"{form}GroupNorm{'SiLU' if activation == 'silu' else ''}"
     y = NODES[name](*inputs, groups=groups, epsilon=eps)

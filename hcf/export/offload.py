@@ -30,25 +30,33 @@ def offloaded(module: nn.Module, folder: Path) -> Iterator[bool]:
         return
     path = folder / "weights.offloaded"
     held = [tensor for tensor in tensors if tensor.is_contiguous() and tensor.nbytes]
-    offsets: list[int] = []
     try:
+        offsets = _write(held, path)
         _map(held, offsets, path)
         gc.collect()
-        yield True
+        try:
+            yield True
+        finally:
+            _read(held, offsets, path)
     finally:
-        _read(held, offsets, path)
         path.unlink(missing_ok=True)
 
 
-def _map(held: list[Tensor], offsets: list[int], path: Path) -> None:
-    """Writes tensors one after the other and points each at its place in the file."""
+def _write(held: list[Tensor], path: Path) -> list[int]:
+    """Writes tensors one after the other; where each begins."""
+    offsets: list[int] = []
     with path.open("wb") as file:
         for tensor in held:
             file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
             offsets.append(file.tell())
             tensor.detach().reshape(-1).view(torch.uint8).numpy().tofile(file)
             file.seek(0, os.SEEK_END)
-        size = file.tell()
+    return offsets
+
+
+def _map(held: list[Tensor], offsets: list[int], path: Path) -> None:
+    """Points each tensor at its place in the file."""
+    size = path.stat().st_size
     storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     for tensor, offset in zip(held, offsets, strict=True):
         mapped = torch.empty(0, dtype=tensor.dtype)

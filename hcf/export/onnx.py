@@ -62,6 +62,7 @@ from hcf.export.parity import (
 from hcf.export.precision import Lowering, lower, matching, raise_opset
 from hcf.export.quantized import export_quantized, export_quantized_step, is_quantized
 from hcf.export.simplify import PassRecord, simplify
+from hcf.fuse import layers_in_8_bits
 from hcf.quantize.estimate import component_bytes, fitted, peak_memory, require_disk
 from hcf.settings import ExportConfig
 from hcf.source import open_pipeline
@@ -115,6 +116,7 @@ def export_components(
     wanted = default_components(pipe) if config.components is None else config.components
     for component in wanted:
         check_component(pipe, component)
+        _check_not_in_8_bits(pipe, component)
     _check_islands(pipe, wanted, config)
     refused = [c for c in wanted if "fp16" in config.precisions and _upcasts(pipe, c, config)]
     if refused and refused == list(wanted):
@@ -316,6 +318,17 @@ def _check_islands(pipe: Any, components: Sequence[str], config: ExportConfig) -
                 f"export.islands: {pattern!r} is the name of no module in {', '.join(components)}",
                 fix="name modules as in named_modules(), like 'decoder.up_blocks.3.*'",
             )
+
+
+def _check_not_in_8_bits(pipe: Any, component: str) -> None:
+    """HcfError for layers that `hcf.fuse` made compute in 8 bits: graphs have Q/DQ for that."""
+    layers = layers_in_8_bits(getattr(pipe, _owner(component)))
+    if layers:
+        raise HcfError(
+            f"{component}: {layers[0]} and {len(layers) - 1} more layers compute in 8 bits "
+            "(hcf.fuse with scales), which a graph says with Q/DQ",
+            fix="hcf.unfuse it, and export the folder that `hcf quantize` wrote",
+        )
 
 
 def _upcasts(pipe: Any, component: str, config: ExportConfig) -> bool:

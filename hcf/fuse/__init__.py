@@ -14,7 +14,7 @@ inference: a gradient through one is an error of torch that names it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -33,12 +33,10 @@ DEFAULTS: dict[str, tuple[Op, ...]] = {
     "cpu": ("group_norm_silu", "layer_norm", "geglu", "attention"),  # upsampling is slower there
 }
 ORIGINAL = "_hcf_unfused"  # on a swapped module: the class it had, or an attention's processor
-
 FOLDED = "_hcf_folded"  # on an upsampling block: its weight's sums
 CODES = "hcf_codes"  # on a layer in 8 bits
+STATE = (ORIGINAL, FOLDED, CODES)
 DENOISERS = ("unet.", "transformer.")
-
-Reason = Callable[[Any], str | None]
 
 
 @dataclass
@@ -74,7 +72,8 @@ def fuse(
     Without `ops` those of `DEFAULTS` for the device the weights are on. With `scales` (of `hcf
     quantize`, {layer: scale}) the layers of the denoiser that they name compute in 8 bits. A model
     that is fused already is unfused first. Raises RecipeError for an unknown operator, scales that
-    name no layer of the model, or a model with no module that any of them is for.
+    name no layer of the model, or a model with no module that any of them is for; then, as after
+    any error, nothing is fused.
     """
     parts = _parts(model)
     if scales:
@@ -84,11 +83,15 @@ def fuse(
             raise RecipeError(f"unknown operator {op!r}", fix=f"use {', '.join(OPS)}")
     unfuse(model)
     report = FuseReport()
-    for prefix, part in parts.items():
-        wanted = DEFAULTS[_device(part)] if ops is None else tuple(ops)
-        if scales and prefix in ("", *DENOISERS):
-            _quantize_layers(prefix, part, scales, report)
-        _fuse_part(prefix, part, wanted, report)
+    try:
+        for prefix, part in parts.items():
+            wanted = DEFAULTS[_device(part)] if ops is None else tuple(ops)
+            if scales and prefix in ("", *DENOISERS):
+                _quantize_layers(prefix, part, scales, report)
+            _fuse_part(prefix, part, wanted, report)
+    except Exception:
+        unfuse(model)
+        raise
     if not report.swapped and not report.kept:
         names = ", ".join(type(part).__name__ for part in parts.values())
         raise RecipeError(
@@ -99,7 +102,10 @@ def fuse(
 
 
 def unfuse(model: Any) -> int:
-    """Every swapped module of a pipeline or model as it was; how many there were."""
+    """Every swapped module of a pipeline or model as it was; how many there were.
+
+    An attention whose processor has been set since (an IP-Adapter's, say) keeps that.
+    """
     count = 0
     for part in _parts(model).values():
         for module in part.modules():
@@ -110,7 +116,7 @@ def unfuse(model: Any) -> int:
                 module.__dict__.pop(held, None)
             if isinstance(original, type):
                 module.__class__ = original
-            else:
+            elif _has_our_processor(module):
                 module.processor = original
             count += 1
     return count
@@ -123,26 +129,32 @@ def is_fused(model: Any) -> bool:
     )
 
 
+def layers_in_8_bits(model: nn.Module) -> list[str]:
+    """Names of the layers that `scales` have swapped."""
+    return [name for name, module in model.named_modules() if CODES in module.__dict__]
+
+
 @contextmanager
-def unfused(model: Any) -> Iterator[None]:
-    """Inside, the model computes with torch's own operators, as what reads its graph expects."""
-    swapped = {
-        module: (module.__class__, getattr(module, "processor", None))
-        for part in _parts(model).values()
-        for module in part.modules()
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes with torch's own operators, as what reads its graph expects.
+
+    Its layers in 8 bits compute in floating point meanwhile.
+    """
+    held = {
+        module: ({name: module.__dict__[name] for name in STATE if name in module.__dict__},
+                 module.__class__, getattr(module, "processor", None))
+        for module in model.modules()
         if ORIGINAL in module.__dict__
-    }
-    originals = {module: module.__dict__[ORIGINAL] for module in swapped}
+    }  # fmt: skip
     unfuse(model)
     try:
         yield
     finally:
-        for module, (kind, processor) in swapped.items():
-            module.__dict__[ORIGINAL] = originals[module]
-            if isinstance(originals[module], type):
-                module.__class__ = kind
-            else:
-                module.processor = processor  # type: ignore[assignment]
+        for module, (state, kind, processor) in held.items():
+            module.__dict__.update(state)
+            module.__class__ = kind
+            if processor is not None:
+                module.processor = processor
 
 
 def _fuse_part(prefix: str, part: nn.Module, ops: Sequence[Op], report: FuseReport) -> None:
@@ -157,19 +169,22 @@ def _fuse_part(prefix: str, part: nn.Module, ops: Sequence[Op], report: FuseRepo
     if "group_norm_silu" in ops:
         _fuse_norms(part, names, report, absorbed)
     if "layer_norm" in ops:
-        for module in _of_kind(part, nn.LayerNorm):
+        for module in _of_kind(part, nn.LayerNorm, names, report):
+            if len(module.normalized_shape) > 1:
+                report.kept[names[module]] = "it is over more than the last axis"
+                continue
             _swap(module, fused.FusedLayerNorm, "layer_norm", names, report)
     if "geglu" in ops:
-        for module in _of_kind(part, GEGLU):
+        for module in _of_kind(part, GEGLU, names, report):
             _swap(module, fused.FusedGEGLU, "geglu", names, report)
     if "upsample_conv3x3" in ops:
-        for module in _of_kind(part, Upsample2D):
+        for module in _of_kind(part, Upsample2D, names, report):
             if (reason := fused.takes_upsample(module)) is not None:
                 report.kept[names[module]] = reason
                 continue
             _swap(module, fused.FusedUpsample2D, "upsample_conv3x3", names, report)
     if "attention" in ops:
-        for module in _of_kind(part, Attention):
+        for module in _of_kind(part, Attention, names, report):
             if (reason := fused.takes_processor(module)) is not None:
                 report.kept[names[module]] = reason
                 continue
@@ -221,7 +236,7 @@ def _fuse_norms(
 
     from hcf.fuse import modules as fused
 
-    for block in _of_kind(part, ResnetBlock2D):
+    for block in _of_kind(part, ResnetBlock2D, names, report):
         absorbed |= {block.norm1, block.norm2}
         if (reason := fused.takes_resnet(block)) is not None:
             report.kept[names[block]] = reason
@@ -235,7 +250,7 @@ def _fuse_norms(
             _swap(norm, with_it, "group_norm_silu", names, report)
             act.__dict__[ORIGINAL] = type(act)
             act.__class__ = without
-    for module in _of_kind(part, nn.GroupNorm):
+    for module in _of_kind(part, nn.GroupNorm, names, report):
         if module in absorbed:
             continue
         if module.weight is None:
@@ -256,9 +271,21 @@ def _swap(
     report.swapped[names[module]] = op
 
 
-def _of_kind(part: nn.Module, kind: type[nn.Module]) -> list[Any]:
-    """Modules of exactly this class whose forward nobody has replaced."""
-    return [m for m in part.modules() if type(m) is kind and "forward" not in m.__dict__]
+def _of_kind(
+    part: nn.Module, kind: type[nn.Module], names: Mapping[nn.Module, str], report: FuseReport
+) -> list[Any]:
+    """Modules of exactly this class; those whose forward somebody has replaced are kept."""
+    found = [module for module in part.modules() if type(module) is kind]
+    for module in found:
+        if "forward" in module.__dict__:
+            report.kept[names[module]] = "something else has replaced its forward"
+    return [module for module in found if "forward" not in module.__dict__]
+
+
+def _has_our_processor(module: nn.Module) -> bool:
+    from hcf.fuse.modules import FusedAttnProcessor
+
+    return isinstance(module.processor, FusedAttnProcessor)
 
 
 def _parts(model: Any) -> dict[str, nn.Module]:

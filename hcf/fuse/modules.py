@@ -157,6 +157,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         """x (B, C, H, W), temb (B, T) -> (B, C', H', W')"""
+        if self.training and self.dropout.p > 0:
+            return super().forward(input_tensor, temb)  # between norm and convolution it drops
         activation = ACTIVATIONS[type(self.nonlinearity)]
         x, resample = input_tensor, self.upsample or self.downsample
         if resample is None:

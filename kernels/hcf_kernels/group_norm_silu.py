@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hcf_kernels.rounding import quantize_ref, require_8_bit
+from hcf_kernels.rounding import require_8_bit, round_to_codes
 
 ACTIVATIONS = {"none": lambda v: v, "silu": F.silu, "gelu": F.gelu}
 
@@ -74,7 +74,7 @@ def group_norm_silu_quantized_ref(
 ) -> Tensor:  # fmt: skip
     """As `group_norm_silu_ref`, divided by scale () and rounded to int8 or e4m3 -> (B, C, ...)"""
     y = group_norm_silu_ref(x, weight, bias, groups, eps, activation, add)
-    return quantize_ref(y, scale, dtype)
+    return round_to_codes(y, scale, dtype)
 
 
 @torch.library.custom_op("hcf::group_norm_silu_quantized", mutates_args=())
@@ -89,7 +89,7 @@ def group_norm_silu_quantized(
     _check(x, weight, bias, groups, activation, add)
     require_8_bit(dtype)
     y = _on_cpu(x.float(), weight, bias, groups, eps, activation, add)
-    return _like(x, quantize_ref(y, scale, dtype))
+    return _like(x, round_to_codes(y, scale, dtype))
 
 
 @group_norm_silu_quantized.register_fake

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hcf_kernels.quantize import check_rows, empty_tokens, quantize_per_token_ref
-from hcf_kernels.rounding import quantize_ref, require_8_bit
+from hcf_kernels.rounding import require_8_bit, round_to_codes
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -31,7 +31,7 @@ def layer_norm_quantized_ref(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """As `layer_norm_ref`, divided by scale () and rounded to int8 or e4m3 -> codes (..., D)"""
-    return quantize_ref(layer_norm_ref(x, weight, bias, eps), scale, dtype)
+    return round_to_codes(layer_norm_ref(x, weight, bias, eps), scale, dtype)
 
 
 def layer_norm_per_token_ref(

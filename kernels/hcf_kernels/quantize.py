@@ -14,24 +14,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hcf_kernels.rounding import LARGEST, quantize_ref, require_8_bit
+from hcf_kernels.rounding import LARGEST, require_8_bit, round_to_codes
 
 INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def quantize_axis_ref(x: Tensor, scale: Tensor, dtype: torch.dtype, axis: int = -1) -> Tensor:
+def quantize_ref(x: Tensor, scale: Tensor, dtype: torch.dtype, axis: int = -1) -> Tensor:
     """x (...), scale () or (n,) of x's `axis` -> codes (...)"""
     shape = [1] * x.ndim
     if scale.ndim:
         shape[axis] = -1
-    return quantize_ref(x, scale.reshape(shape), dtype)
+    return round_to_codes(x, scale.reshape(shape), dtype)
 
 
 def quantize_per_token_ref(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x (..., D) -> codes (..., D), scale (..., 1) float32"""
     amax = x.abs().amax(-1, keepdim=True).float()
     scale = torch.where(amax > 0, amax / LARGEST[dtype], 1.0)
-    return quantize_ref(x, scale, dtype), scale
+    return round_to_codes(x, scale, dtype), scale
 
 
 @torch.library.custom_op("hcf::quantize", mutates_args=())
@@ -42,7 +42,7 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype, axis: int = -1) -> Te
     on axis 1. Raises ValueError for what does not fit, with the shapes.
     """
     _check(x, scale, dtype, axis)
-    codes = quantize_axis_ref(x, scale, dtype, axis)
+    codes = quantize_ref(x, scale, dtype, axis)
     out = torch.empty_like(x, dtype=dtype)
     return codes if codes.stride() == out.stride() else out.copy_(codes)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
-def quantize_ref(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def round_to_codes(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x (...), scale that broadcasts to it -> codes (...) of x / scale in int8 or e4m3"""
     limit = LARGEST[dtype]
     v = (x.float() / scale.float()).clamp(-limit, limit)
