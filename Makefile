@@ -1,11 +1,11 @@
-# make demo | test | check | bench | gpu | gpu-kernels | install | clean
+# make demo | test | check | bench | gpu | gpu-suite | gpu-kernels | install | clean
 # (needs Python 3.11 or newer and nothing else; gpu needs a host with a GPU and torch)
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check bench gpu gpu-kernels gpu-rehearsal install clean
+.PHONY: demo test check bench gpu gpu-suite gpu-kernels gpu-tests gpu-rehearsal install clean
 
 # torch is named in the same command as the rest: left to other packages' requirements it would
 # come in a newer version than the one in constraints.txt.
@@ -35,13 +35,19 @@ bench: .venv/.installed
 	$(BIN)/hcf bench suite recipes/bench/cpu.yaml -o out/cpu --store
 	$(BIN)/hcf bench render
 
-# runs from the sources: such a host has torch of its own and often no network to install from
+# all that a GPU has to show; the parts are there one by one for a host that is lent by the minute
+gpu: gpu-tests gpu-suite gpu-kernels
+
+# they run from the sources: such a host has torch of its own and often no network to install from
 GPU_OUT ?= out/gpu
 GPU_BUDGET ?= 540
-gpu:
+gpu-tests:
+	PYTHONPATH=.:kernels:models:bench $(PYTHON) -m pytest -m gpu tests
+
+gpu-suite:
 	PYTHONPATH=.:kernels:models:bench $(PYTHON) -m hcf_bench gpu --out $(GPU_OUT) --budget $(GPU_BUDGET)
 
-# every fused kernel over the shapes models ask for, once the suite is through
+# every fused kernel over the shapes models ask for
 gpu-kernels:
 	PYTHONPATH=.:kernels:models:bench $(PYTHON) -m hcf_bench kernels --device cuda \
 		--output $(GPU_OUT)/kernels --budget $(GPU_BUDGET)

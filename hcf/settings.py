@@ -191,8 +191,9 @@ class ExportConfig(Config):
     graph against torch (fp32: `tolerance`; fp16, bf16: from the graph's depth where not given).
     `islands`: module name patterns (fnmatch) that stay float32 in fp16 and bf16 graphs.
     `force_upcast` "measured": a first stage's `force_upcast` counts only where float16 overflows.
-    `kernels`: of a model that `hcf.fuse` has changed, "plain" operators, or "functions" of the
-    domain hcf, which TensorRT can replace by plugins (`hcf.export.functions`; dynamo only).
+    `kernels`: "plain" operators; or where `hcf.fuse` has a kernel for them, "functions" of the
+    domain hcf; or "plugins", the same in the precision of the graph, to be taken by
+    `build.plugins` (`hcf.export.functions`; dynamo only).
     """
 
     components: list[str] | None = None
@@ -206,13 +207,13 @@ class ExportConfig(Config):
     tolerances: dict[GraphPrecision, float] = {}
     islands: list[str] = []
     force_upcast: Literal["config", "measured"] = "config"
-    kernels: Literal["plain", "functions"] = "plain"
+    kernels: Literal["plain", "functions", "plugins"] = "plain"
     seed: int = 0
 
     @model_validator(mode="after")
     def _functions_need_dynamo(self) -> ExportConfig:
-        if self.kernels == "functions" and self.exporter != "dynamo":
-            raise ValueError("kernels: functions needs exporter: dynamo")
+        if self.kernels != "plain" and self.exporter != "dynamo":
+            raise ValueError(f"kernels: {self.kernels} needs exporter: dynamo")
         return self
 
 
@@ -249,7 +250,8 @@ class BuildConfig(Config):
     targets that need no GPU here; its other options: `profiles` (without them one of the shapes),
     `timing_cache` (without it one per version and GPU under HCF_HOME), `refit` (weights can be
     replaced), `strip_weights` (restored from the graph at load), `workspace_gb` (the first rung;
-    without it all free memory), `cuda_graphs`. `providers` are ONNX Runtime's (empty: cuda on a
+    without it all free memory), `cuda_graphs`, `plugins` (nodes of the domain hcf that our kernels
+    compute: `hcf.engines.tensorrt_plugins`). `providers` are ONNX Runtime's (empty: cuda on a
     GPU, else cpu); a node that falls back to the CPU is an error unless `allow_cpu_fallback`.
     `compile_mode` "regional" compiles the repeated blocks alone: seconds instead of minutes. An
     engine that cannot be built or does not get its precision stops the build, unless `keep_going`:
@@ -267,6 +269,7 @@ class BuildConfig(Config):
     hardware_compatibility_level: Literal["ampere_plus", "same_compute_capability"] | None = None
     workspace_gb: float | None = Field(None, gt=0)
     cuda_graphs: bool = True
+    plugins: list[str] = []
     providers: list[Literal["cpu", "cuda", "tensorrt"]] = []
     allow_cpu_fallback: bool = False
     compile_mode: Literal["full", "regional"] = "full"

@@ -9,7 +9,6 @@ from hcf.decode.tiles import (
     decode_tiled,
     latent_factor,
     seam_db,
-    tile_starts,
 )
 from hcf.decode.tiny import (
     DecoderComparison,
@@ -35,5 +34,4 @@ __all__ = [
     "open_decoder",
     "prefer_channels_last",
     "seam_db",
-    "tile_starts",
 ]

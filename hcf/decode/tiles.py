@@ -9,8 +9,8 @@ device. Every tile gives the moments of its outputs, which are combined (Chan, G
 1979) into those of the whole before the next norm uses them. What attends over all positions, the
 middle block, runs on the whole latent. The result is the untiled one up to rounding.
 
-`blend_tiles` is for engines, whose graphs have no seam to open: overlapping tiles, linear ramps,
-weights that sum to 1 everywhere.
+`blend_tiles` is for engines, whose graphs have no seam to open: overlapping tiles that fade into
+each other (`hcf_kernels.tile_blend`).
 
 B batch, C channels, G groups, H W positions, f the first stage's factor.
 """
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from hcf.decode.checks import check_image
 from hcf.errors import HcfError, RecipeError
+from hcf_kernels.tile_blend import tile_blend, tile_starts
 
 Run = Callable[[Tensor], Tensor]
 
@@ -89,7 +90,7 @@ def blend_tiles(
     height, width = latents.shape[-2:]
     short = (0, max(0, tile - width), 0, max(0, tile - height))
     padded = F.pad(latents, short, mode="replicate") if any(short) else latents
-    image = weight = None
+    parts: list[Tensor] = []
     for top in tile_starts(padded.shape[-2], tile, overlap):
         for left in tile_starts(padded.shape[-1], tile, overlap):
             part = run(padded[..., top : top + tile, left : left + tile].contiguous())
@@ -98,41 +99,11 @@ def blend_tiles(
                 raise HcfError(
                     f"a {tile}x{tile} tile decodes to {tuple(part.shape)}, not to factor {factor}"
                 )
-            if image is None or weight is None:
-                size = [side * factor for side in padded.shape[-2:]]
-                image = part.new_zeros(len(latents), part.shape[1], *size, dtype=torch.float32)
-                weight = part.new_zeros(*size, dtype=torch.float32)
-            rows = _ramp(top, padded.shape[-2], tile, overlap, factor, part.device)
-            columns = _ramp(left, padded.shape[-1], tile, overlap, factor, part.device)
-            mask = rows[:, None] * columns[None, :]
-            y, x = (slice(start * factor, (start + tile) * factor) for start in (top, left))
-            image[..., y, x] += part * mask
-            weight[y, x] += mask
-            kind = part.dtype
-    assert image is not None and weight is not None and factor is not None
-    return (image / weight)[..., : height * factor, : width * factor].to(kind)
-
-
-def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles along a side of `size` begin: the first at 0, the last ends at `size`."""
-    if size <= tile:
-        return [0]
-    return [*range(0, size - tile, tile - overlap), size - tile]
-
-
-def _ramp(
-    start: int, size: int, tile: int, overlap: int, factor: int, device: torch.device
-) -> Tensor:
-    """Weights (tile * factor,) of a tile along one side: up and down over the overlap, never 0."""
-    weights = torch.ones(tile * factor, device=device)
-    length = overlap * factor
-    if length:
-        up = (torch.arange(length, device=device) + 0.5) / length
-        if start > 0:
-            weights[:length] *= up
-        if start + tile < size:
-            weights[-length:] *= up.flip(0)
-    return weights
+            parts.append(part)
+    assert factor is not None
+    planes = torch.stack(parts).flatten(1, 2)  # of all images at once
+    image = tile_blend(planes, height * factor, width * factor, overlap * factor)
+    return image.unflatten(0, (len(latents), -1))
 
 
 def seam_db(image: Tensor, reference: Tensor, tile: int, overlap: int) -> float:

@@ -60,7 +60,8 @@ class PlanOptions:
     `profiles` stand in place of the three shapes. `compute_capability` ("8.0", "sm80") is the GPU
     here if None. `hardware_compatibility_level`: "ampere_plus" or "same_compute_capability".
     `workspace_gb` is the first rung of the ladder that a build goes down when memory runs out.
-    An option the driver does not have is an error.
+    `plugins`: nodes of the domain hcf that become plugins. An option the driver does not have is an
+    error.
     """
 
     driver: Driver | None = None
@@ -77,6 +78,7 @@ class PlanOptions:
     hardware_compatibility_level: str | None = None
     workspace_gb: float | None = None
     pixels_per_latent: int | None = None
+    plugins: tuple[str, ...] = ()
 
     def ranges(self) -> tuple[ShapeRange, ...]:
         """The profiles, or the one of the three shapes."""
@@ -87,7 +89,7 @@ class PlanOptions:
 # options that are in a plan's key; the others are in it as what they come to, or change no plan
 KEYED = (
     "builder_optimization_level", "refit", "strip_weights", "version_compatible",
-    "hardware_compatibility_level", "workspace_gb",
+    "hardware_compatibility_level", "workspace_gb", "plugins",
 )  # fmt: skip
 
 Check = Callable[[dict[str, str], dict[str, str], bool], None]
@@ -126,7 +128,7 @@ def build_plan(graph: Path, folder: Path, options: PlanOptions, check: Check | N
     """
     driver, trt = package(options.driver)
     target = target_of(driver, trt, options.compute_capability)
-    network, kept = parse(trt, graph)
+    network, kept = parse(trt, graph, options.plugins)
     log, builder = kept[0], kept[1]
     asked, parsed = graph_products(graph), products_in(precisions_of(network))
     require_hardware(graph, parsed, target)
@@ -235,6 +237,7 @@ def plan_entry(
         hardware_compatibility_level=config.hardware_compatibility_level,
         workspace_gb=config.workspace_gb,
         pixels_per_latent=pixels_per_latent,
+        plugins=tuple(config.plugins),
     )
     driver, trt = package(options.driver)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+from hcf.engines.tensorrt_plugins import register, require_in_network, require_plugins
 from hcf.errors import HcfError, InvalidArtifact, MissingDependency
 
 PRODUCTS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
@@ -114,10 +115,14 @@ def is_out_of_memory(message: str) -> bool:
     return any(words in lower for words in ("out of memory", "outofmemory", "insufficient memory"))
 
 
-def parse(trt: Any, graph: Path) -> tuple[Any, tuple[Any, ...]]:
-    """(network, what has to live as long as it does: listener, builder, parser)."""
+def parse(trt: Any, graph: Path, plugins: Sequence[str] = ()) -> tuple[Any, tuple[Any, ...]]:
+    """(network, what has to live as long as it does: listener, builder, parser).
+
+    Nodes named in `plugins` become plugin layers (`hcf.engines.tensorrt_plugins`).
+    """
     if not graph.is_file():
         raise InvalidArtifact(f"{graph} does not exist", fix="run `hcf export` on this model first")
+    require_plugins(trt, graph, plugins)
     log = listen(trt)
     try:
         builder = trt.Builder(log.handle)
@@ -130,6 +135,9 @@ def parse(trt: Any, graph: Path) -> tuple[Any, tuple[Any, ...]]:
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(1 << int(typed) if typed is not None else 0)
     parser = trt.OnnxParser(network, log.handle)
+    if plugins:
+        register(trt, plugins, alone=True)
+        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
     if not parser.parse_from_file(str(graph)):
         found = [parser.get_error(i) for i in range(parser.num_errors)]
         errors = [
@@ -141,6 +149,8 @@ def parse(trt: Any, graph: Path) -> tuple[Any, tuple[Any, ...]]:
             + "; ".join(errors or [log.tail()]),
             fix="export with another opset, or leave the layer out of quantisation",
         )
+    if plugins:
+        require_in_network(trt, network, graph, plugins)
     return network, (log, builder, parser)
 
 

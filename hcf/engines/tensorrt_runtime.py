@@ -21,6 +21,7 @@ from hcf.engines.device_buffers import InputBuffer, ShapeCache, Sizes, handed_ou
 from hcf.engines.tensorrt_memory import ActivationMemory, shared_memory
 from hcf.engines.tensorrt_network import listen
 from hcf.engines.tensorrt_package import DRIVERS, Driver, numbers, package, version
+from hcf.engines.tensorrt_plugins import register
 from hcf.engines.tensorrt_profiles import describe, pick_profile
 from hcf.engines.tensorrt_refit import Weights, load_plan, require_refittable
 from hcf.errors import EngineMismatch, HcfError, InvalidArtifact, MissingDependency
@@ -196,6 +197,8 @@ def open_runtime(plan: Path) -> tuple[dict[str, Any], Any, Any, Any]:
         )
     require_gpu(plan.name, key, "sm{}{}".format(*torch.cuda.get_device_capability()))
     log = listen(trt)
+    if plugins := key["options"].get("plugins"):
+        register(trt, plugins)
     runtime = trt.Runtime(log.handle)
     if key["options"]["version_compatible"]:
         runtime.engine_host_code_allowed = True

@@ -2,12 +2,14 @@
 
 A model that `hcf.fuse` has changed calls operators that ONNX does not know. `export.kernels` says
 what becomes of them: "plain", torch's own operators as if the model had never been fused; or
-"functions", one node a kernel with an ONNX function of the same name. A runtime that knows nothing
-of it (ONNX Runtime, TensorRT) computes the function's body; TensorRT's parser takes a
-plugin of that name and domain where one is registered (`ENABLE_PLUGIN_OVERRIDE`).
+"functions", one node a kernel with an ONNX function of the same name (a model that is not fused is
+fused while it is exported). A runtime that knows nothing of it (ONNX Runtime, TensorRT) computes
+the function's body; TensorRT's parser takes a plugin of that name where one is registered
+(`hcf.engines.tensorrt_plugins`).
 
 OpenVINO does not know functions: graphs for it are plain ones. `hcf.export.function_bodies` lists
-the functions; all are float32 islands of fp16 and bf16 graphs, as their operators would be.
+the functions. They are float32 islands of fp16 and bf16 graphs, as their operators would be; with
+"plugins" they take and give the graph's own precision, because kernels sum in float32 anyway.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hcf.fuse import Op
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import onnx_ir as ir
 
 DOMAIN = "hcf"
+FUNCTION_OPS: tuple[Op, ...] = ("group_norm_silu", "layer_norm", "geglu", "attention")
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from hcf.artifact import hash_file
 from hcf.errors import HcfError, MissingDependency
 from hcf.export.component import PIXELS
-from hcf.export.functions import attach_bodies, translations
+from hcf.export.functions import FUNCTION_OPS, attach_bodies, translations
 from hcf.export.inspect import inspect_onnx
 from hcf.export.simplify import PassRecord, simplify
-from hcf.fuse import unfused
+from hcf.fuse import fused, unfused
 from hcf.settings import ExportConfig
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def write_graph(
     require_onnx()
     path.parent.mkdir(parents=True, exist_ok=True)
     trace = _dynamo if config.exporter == "dynamo" else _torchscript
-    plain = unfused(module) if config.kernels == "plain" else contextlib.nullcontext()
-    with _quiet(), torch.no_grad(), _exporter_errors(config), plain:
+    kernels = unfused(module) if config.kernels == "plain" else fused(module, FUNCTION_OPS)
+    with _quiet(), torch.no_grad(), _exporter_errors(config), kernels:
         with trace(module, inputs, outputs, path, config) as model:
             records = simplify(model, config.passes)
             save_graph(model, path)
@@ -160,7 +160,7 @@ def _dynamo(
         dynamic_shapes=shapes,
         verbose=False,
         optimize=False,  # ours count what they do, and keep the names of parameters
-        custom_translation_table=translations() if config.kernels == "functions" else None,
+        custom_translation_table=translations() if config.kernels != "plain" else None,
     )
     assert program is not None
     attach_bodies(program.model)

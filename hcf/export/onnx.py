@@ -39,6 +39,7 @@ from hcf.export.component import (
     with_batch,
 )
 from hcf.export.estimate import AttentionScores, ExportProbe, estimate_export
+from hcf.export.functions import DOMAIN
 from hcf.export.graphs import (
     FP32_GRAPH,
     INT8_GRAPH,
@@ -238,7 +239,8 @@ def _export_low(
     raise_opset(model, precision)
     # a higher opset may have operators for what was kept decomposed
     passes = simplify(model, [name for name in config.passes if name in ("norm", "attention")])
-    lowering = lower(model, precision, config.islands)
+    domains = ("", DOMAIN) if config.kernels == "plugins" else ("",)
+    lowering = lower(model, precision, config.islands, domains)
     passes += simplify(model, [name for name in config.passes if name in ("casts", "dead")])
     save_graph(model, path)
     del model  # it maps the fp32 weights, and refers to itself

@@ -75,12 +75,15 @@ class Lowering:
     limit: float
 
 
-def lower(model: ir.Model, precision: str, patterns: Sequence[str] = ()) -> Lowering:
+def lower(
+    model: ir.Model, precision: str, patterns: Sequence[str] = (), domains: Sequence[str] = ("",)
+) -> Lowering:
     """`model` (float32) computes in `precision` ("fp16", "bf16") outside its islands, in place.
 
     `patterns`: names of modules (fnmatch, without the wrapper's first name) that are islands too.
-    A bf16 graph is raised to opset 22. Weights are converted when they are written. Raises HcfError
-    for one beyond float16.
+    `domains`: of whose operators some are not; of any but ONNX's own, all those that no pattern
+    names. A bf16 graph is raised to opset 22. Weights are converted when they are written.
+    Raises HcfError for one beyond float16.
     """
     import onnx_ir as ir
     from onnx_ir.passes.common import ShapeInferencePass
@@ -88,7 +91,7 @@ def lower(model: ir.Model, precision: str, patterns: Sequence[str] = ()) -> Lowe
     raise_opset(model, precision)
     if any(out.dtype is None for node in model.graph for out in node.outputs if out.uses()):
         ShapeInferencePass()(model)
-    reasons = {node: island_of(node, patterns) for node in model.graph}
+    reasons = {node: island_of(node, patterns, domains) for node in model.graph}
     low = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.BFLOAT16
     forms = _Forms(model, low, reasons)
     for node, reason in reasons.items():
@@ -157,7 +160,9 @@ def _gives_floats(node: ir.Node, low: bool = False) -> bool:
     return bool(kinds & wanted) and node.op_type not in SOURCES
 
 
-def island_of(node: ir.Node, patterns: Sequence[str] = ()) -> str | None:
+def island_of(
+    node: ir.Node, patterns: Sequence[str] = (), domains: Sequence[str] = ("",)
+) -> str | None:
     """Why `node` stays in float32: its operator, its module's class, a pattern; None if not."""
     names, classes = (_scopes(node, key) for key in SCOPE_KEYS)
     if not names:
@@ -166,6 +171,8 @@ def island_of(node: ir.Node, patterns: Sequence[str] = ()) -> str | None:
         patterns = (*patterns, *ISLAND_NAMES)
     if (pattern := matching(names, patterns)) is not None:
         return pattern
+    if node.domain and node.domain in domains:
+        return None
     for name in reversed(classes):
         if (kind := name.rpartition(".")[2]) in ISLAND_MODULES:
             return kind

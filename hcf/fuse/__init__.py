@@ -122,6 +122,19 @@ def unfuse(model: Any) -> int:
     return count
 
 
+@contextmanager
+def fused(model: Any, ops: Sequence[Op] | None = None) -> Iterator[None]:
+    """Inside, a pipeline or model is fused; one that is already stays so. Raises as `fuse`."""
+    if is_fused(model):
+        yield
+        return
+    fuse(model, ops)
+    try:
+        yield
+    finally:
+        unfuse(model)
+
+
 def is_fused(model: Any) -> bool:
     """Whether any module of a pipeline or model is swapped."""
     return any(

@@ -186,14 +186,15 @@ def launch(
 def launch_geglu(
     a: Tensor, b: Tensor, bias: Tensor | None = None, scale_a: Tensor | None = None,
     scale_b: Tensor | None = None, dtype: torch.dtype = torch.float16,
-    config: Config | None = None,
+    config: Config | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """a (M, K), b (2N, K), hidden and then gate, bias (2N,) -> hidden * gelu(gate) (M, N)
 
-    scale_a () or (M,), scale_b () or (2N,). Raises as `launch`.
+    scale_a () or (M,), scale_b () or (2N,); `out` (M, N), where given, is written. Raises as
+    `launch`.
     """
     check_operands(a, b[: b.shape[0] // 2], dtype)
-    y = a.new_empty(a.shape[0], b.shape[0] // 2, dtype=dtype)
+    y = a.new_empty(a.shape[0], b.shape[0] // 2, dtype=dtype) if out is None else out
     config = {**(config or _config("gemm_sm90", SM90, {})), "geglu": 1}
     return _multiply(y, a, b, scale_a, scale_b, bias, None, "none", config)
 

@@ -97,13 +97,13 @@ def candidates(shape: Shape) -> list[Config]:
 def launch(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: str,
     add: Tensor | None = None, scale: Tensor | None = None, dtype: torch.dtype | None = None,
-    config: Config | None = None,
+    config: Config | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Arguments as `hcf::group_norm_silu` and its quantised form, x channels_last -> as x
+    """Arguments as `hcf::group_norm_silu` and its quantised form, x channels_last -> as x, or out
 
     Raises ValueError for what the kernel does not take, RuntimeError where the GPU is not sm_90.
     """
-    y = torch.empty_like(x, dtype=dtype or x.dtype)
+    y = torch.empty_like(x, dtype=dtype or x.dtype) if out is None else out
     shape = shape_of(x, groups)
     config = config or candidates(shape)[0]
     require("group_norm_sm90", "sm_90", torch.cuda.get_device_capability(x.device))

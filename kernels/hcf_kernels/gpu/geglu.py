@@ -177,20 +177,25 @@ def gate_kernel(x_ptr, y_ptr, M, N, x_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 def launch(
     a: Tensor, weight: Tensor, bias: Tensor | None = None, scale_a: Tensor | None = None,
     scale_b: Tensor | None = None, dtype: torch.dtype | None = None, config: Config | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Runs the kernels for `hcf::geglu` on a (M, K), and for `hcf::geglu_int8`.
 
-    `dtype` is that of y, a's own where there is none.
+    `dtype` is that of y, a's own where there is none. `out` (M, N), where given, is y.
     """
     a, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (a, weight))
-    y = a.new_empty(a.shape[0], weight.shape[0] // 2, dtype=dtype or a.dtype)
+    y = (
+        a.new_empty(a.shape[0], weight.shape[0] // 2, dtype=dtype or a.dtype)
+        if out is None
+        else out
+    )
     if y.numel() == 0:
         return y
     shape = shape_of(a, weight, y)
     key = key_of(shape, y.dtype)
     config = config or find_config("geglu", key, default_config(shape), a.device)
     if config.get("variant") == "cuda":
-        return cuda_gemm.launch_geglu(a, weight, bias, scale_a, scale_b, y.dtype, config)
+        return cuda_gemm.launch_geglu(a, weight, bias, scale_a, scale_b, y.dtype, config, y)
     config = fitted(config, shape)
     operands = tuple(y if t is None else t.contiguous() for t in (scale_a, scale_b, bias))
     flags = scale_flags(scale_a, scale_b, bias)

@@ -222,14 +222,14 @@ def candidates(shape: Shape) -> list[Config]:
 def launch(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: str,
     add: Tensor | None = None, scale: Tensor | None = None, dtype: torch.dtype | None = None,
-    config: Config | None = None,
+    config: Config | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Runs the kernels for `hcf::group_norm_silu` and its quantised form; arguments as there.
 
     NHWC is channels_last, or tokens (B, L, C) seen as (B, C, L). x that is neither that nor NCHW is
-    made NCHW first, at the cost of a copy.
+    made NCHW first, at the cost of a copy. `out`, of x's shape and strides, is written if given.
     """
-    y = torch.empty_like(x, dtype=dtype or x.dtype)
+    y = torch.empty_like(x, dtype=dtype or x.dtype) if out is None else out
     shape = _shape(x, groups)
     dense = shape.nhwc or x.is_contiguous()
     source = x if dense else x.contiguous()
@@ -240,7 +240,7 @@ def launch(
     config = config or find_config("group_norm_silu", _key(x, shape), default, x.device)
     if config["variant"] == "cuda":
         return cuda_group_norm.launch(
-            x, weight, bias, groups, eps, activation, add, scale, dtype, config
+            x, weight, bias, groups, eps, activation, add, scale, dtype, config, out
         )
     run = _one_pass if config["variant"] == "one_pass" else _two_pass
     flags = {

@@ -70,12 +70,14 @@ def layer_norm_kernel(  # type: ignore[no-untyped-def]
 def launch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     scale: Tensor | None = None, dtype: torch.dtype | None = None, config: Config | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Runs the kernel for `hcf::layer_norm` and its quantised form; arguments as there.
 
     x whose rows do not lie at one distance, or whose values do not lie together, is copied first.
+    `out`, where given, is written: contiguous.
     """
-    y = x.new_empty(x.shape, dtype=dtype or x.dtype)
+    y = x.new_empty(x.shape, dtype=dtype or x.dtype) if out is None else out
     output = PLAIN if scale is None else ONE_SCALE
     _run(x, y, weight, bias, eps, scale, output.value, config)
     return y
