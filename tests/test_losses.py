@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from taiji.diffusion.losses import denoising_loss, diffusion_target, min_snr_weight
-from taiji.train.phases import UNetObjective
+from taiji.train.phases.unet import UNetObjective
 
 
 def test_min_snr_weight_in_closed_form() -> None:

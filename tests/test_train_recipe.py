@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from taiji.data import shapes
-from taiji.data.corpus import Corpus, CorpusConfig, choose, emoji_caption, load
+from taiji.data.corpus import Corpus, CorpusConfig, choose, emoji_caption, load, sampler
 from taiji.pipelines import TaijiStableDiffusionPipeline
-from taiji.train.recipe import read_recipe, sampler, train
+from taiji.train.recipe import read_recipe, train
 
 ROW = {
     "label": "苹果", "tags": ["水果", "苹果"], "vendor": "noto", "concept_split": "train",
@@ -71,7 +71,8 @@ def test_every_phase_in_order_makes_a_pipeline_and_its_data(tmp_path: Path) -> N
     frozen = {}
     for phase in ("first_stage", "image_clip", "unet", "release"):
         recipe = tmp_path / f"{phase}.yaml"
-        extra = {"release": {"scenes": 6, "emoji_prompts": 0, "shape_prompts": 4}}
+        prompts = {"release": {"scenes": 6, "emoji_prompts": 0, "shape_prompts": 4}}
+        extra = prompts if phase == "release" else {}
         recipe.write_text(
             yaml.safe_dump({**common, **extra, "phase": phase, "work": str(tmp_path / phase)})
         )

@@ -5,6 +5,7 @@ their finite differences, which is what flat art with hard edges needs and asks 
 network.
 """
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -42,3 +43,19 @@ class FirstStageObjective(nn.Module):
 def measure_scaling_factor(vae: AutoencoderKL, images: Tensor) -> float:
     """1 / standard deviation of the latents of `images` (B, 3, H, W): measured, never inherited."""
     return 1.0 / float(vae.encode(images).latent_dist.mean.std())
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> (B, 3, H, W) float32 in [-1, 1]"""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> Tensor:
+    """uint8 (N, H, W, 3) -> scaled latents (N, C, h, w) float16"""
+    factor = vae.config.scaling_factor
+    parts = [
+        (vae.encode(to_tensor(images[i : i + batch_size])).latent_dist.mean * factor).half()
+        for i in range(0, len(images), batch_size)
+    ]
+    return torch.cat(parts).contiguous()

@@ -3,7 +3,7 @@
 One array of images and, for each, a way to draw a caption. N images, H = W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -106,3 +106,17 @@ def load(config: CorpusConfig) -> Corpus:
     if drawn:
         images = np.concatenate([images, np.stack([image for _, _, image in drawn])])
     return Corpus(images, np.array(concept, np.int64), tuple(rows), scenes)
+
+
+def sampler(corpus: Corpus, emoji_share: float) -> Callable[[np.random.Generator, int], Any]:
+    """Index draws (batch,) with a fixed share of emoji when both kinds are there."""
+    emoji, total = len(corpus.rows), len(corpus.images)
+
+    def draw(rng: np.random.Generator, count: int) -> Any:
+        if emoji in (0, total):
+            return rng.integers(0, total, count)
+        first = round(count * emoji_share)
+        parts = [rng.integers(0, emoji, first), rng.integers(emoji, total, count - first)]
+        return np.concatenate(parts)
+
+    return draw

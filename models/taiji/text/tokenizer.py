@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 PAD, UNK, CLS = "[PAD]", "[UNK]", "[CLS]"
@@ -38,3 +39,13 @@ def build_tokenizer(
         cls_token=CLS,
         model_max_length=max_length,
     )
+
+
+def tokens(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int
+) -> tuple[Tensor, Tensor]:
+    """B texts -> ids and attention mask (B, length) int64, cut and padded to `length` tokens"""
+    batch = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
+    return batch.input_ids, batch.attention_mask

@@ -70,3 +70,19 @@ def load_checkpoint(
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return json.loads((folder / "state.json").read_text())
+
+
+def save_component(component: Any, folder: Path) -> None:
+    """`component.save_pretrained` beside `folder`, then in its place."""
+    staging = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    component.save_pretrained(staging)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staging, folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """To a temporary name, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
