@@ -32,7 +32,7 @@ def exported(pipe: Any, folder: Path, **options: Any) -> Any:
 def test_a_fused_model_exports_as_if_it_had_never_been(tmp_path: Path) -> None:
     pipe = make_tiny_pipeline()
     wanted = exported(pipe, tmp_path / "plain")
-    fuse(pipe)
+    fuse(pipe, OPS)
     found = exported(pipe, tmp_path / "fused")
     assert is_fused(pipe)
     assert [n.op_type for n in found.graph.node] == [n.op_type for n in wanted.graph.node]
@@ -60,7 +60,7 @@ def test_a_scale_and_shift_for_each_image_is_a_function_too(tmp_path: Path) -> N
         in_channels=16, temb_channels=8, groups=4, time_embedding_norm="scale_shift"
     ).eval()
     nn.init.normal_(block.norm2.weight)
-    fuse(block)
+    fuse(block, OPS)
     inputs = {"sample": torch.randn(2, 16, 4, 4), "temb": torch.randn(2, 8)}
     path = tmp_path / "model.onnx"
     write_graph(block, inputs, ["out"], path, ExportConfig(kernels="functions", dynamic=False))
@@ -74,7 +74,7 @@ def test_a_scale_and_shift_for_each_image_is_a_function_too(tmp_path: Path) -> N
 def test_tensorrts_parser_takes_the_functions(tmp_path: Path, override: bool) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     pipe = make_tiny_pipeline()
-    fuse(pipe.unet)
+    fuse(pipe.unet, OPS)
     exported(pipe, tmp_path, kernels="functions")
     logger = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(logger).create_network(

@@ -72,7 +72,7 @@ def test_first_stages_and_controlnets(mini_vae: Any) -> None:
         size = torch.randn(1, vae.config.latent_channels, 8, 8)
         with torch.no_grad():
             before = vae.decode(size).sample
-            assert fuse(vae).counts()["group_norm_silu"] > 5
+            assert fuse(vae, OPS).counts()["group_norm_silu"] > 5
             torch.testing.assert_close(vae.decode(size).sample, before, **CLOSE)
             unfuse(vae)
             assert torch.equal(vae.decode(size).sample, before)
@@ -83,7 +83,7 @@ def test_first_stages_and_controlnets(mini_vae: Any) -> None:
     made = latents, 3, torch.randn(1, 16, 32, generator=generator), image
     with torch.no_grad():
         wanted = controlnet(*made, return_dict=False)[1]
-        assert fuse(controlnet).swapped
+        assert fuse(controlnet, OPS).swapped
         torch.testing.assert_close(controlnet(*made, return_dict=False)[1], wanted, **CLOSE)
 
 
@@ -95,7 +95,7 @@ def test_a_whole_pipeline_and_its_image() -> None:
         return pipe("a cat", num_inference_steps=2, output_type="pt", generator=generator).images
 
     wanted = image()
-    report = hcf.fuse(pipe)
+    report = hcf.fuse(pipe, OPS)
     assert {name.partition(".")[0] for name in report.swapped} == {"unet", "vae"}
     assert "group_norm_silu in" in str(report)
     torch.testing.assert_close(image(), wanted, rtol=1e-3, atol=1e-4)
@@ -132,7 +132,7 @@ def test_scale_shift_and_resampling_blocks() -> None:
         x = torch.randn(2, 32, 6, 6)
         with torch.no_grad():
             wanted = block(x, temb)
-            assert fuse(block).swapped and type(block) is FusedResnetBlock2D
+            assert fuse(block, OPS).swapped and type(block) is FusedResnetBlock2D
             torch.testing.assert_close(block(x, temb), wanted, **CLOSE)
 
 
@@ -161,7 +161,7 @@ def test_what_is_kept_is_named_with_its_reason() -> None:
     attn = unet.mid_block.attentions[0].transformer_blocks[0].attn1
     attn.processor = AttnProcessor()
     before = call(unet)
-    report = fuse(unet)
+    report = fuse(unet, OPS)
     assert report.kept["mid_block.resnets.0"] == "its activation is ReLU()"
     assert "AttnProcessor" in report.kept["mid_block.attentions.0.transformer_blocks.0.attn1"]
     assert "not mid_block.resnets.0: its activation is ReLU()" in str(report)
@@ -182,10 +182,10 @@ def test_lora_and_fused_blocks_work_together(tmp_path: Path) -> None:
             nn.init.normal_(parameter, std=0.3)
     wanted, without = call(plain), call(unet)
     assert not torch.allclose(wanted, without, atol=1e-3)
-    fuse(plain)
+    fuse(plain, OPS)
     torch.testing.assert_close(call(plain), wanted, **CLOSE)
     # loaded into a model that is fused already
-    fuse(unet)
+    fuse(unet, OPS)
     unet.add_adapter(config)
     unet.load_state_dict(plain.state_dict())
     torch.testing.assert_close(call(unet), wanted, **CLOSE)
@@ -205,7 +205,7 @@ def test_simulated_quantisation_of_a_fused_model_is_that_of_the_plain_one(
     with fake_quantized(unet, scales):
         wanted = call(unet)
     assert not torch.allclose(wanted, call(unet), atol=1e-4)
-    fuse(unet)
+    fuse(unet, OPS)
     with fake_quantized(unet, scales):
         torch.testing.assert_close(call(unet), wanted, rtol=1e-3, atol=1e-3)
 
@@ -213,7 +213,7 @@ def test_simulated_quantisation_of_a_fused_model_is_that_of_the_plain_one(
 def test_it_compiles_to_one_graph() -> None:
     unet = make_tiny_pipeline().unet
     before = call(unet)
-    fuse(unet)
+    fuse(unet, OPS)
     compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
     sample = torch.randn(2, 4, 8, 8, generator=(g := torch.Generator().manual_seed(0)))
     context = torch.randn(2, 16, 32, generator=g)
@@ -224,7 +224,7 @@ def test_it_compiles_to_one_graph() -> None:
 def test_a_copy_and_a_save_of_a_fused_model(tmp_path: Path) -> None:
     unet = make_tiny_pipeline().unet
     before = call(unet)
-    fuse(unet)
+    fuse(unet, OPS)
     unet.save_pretrained(tmp_path)
     plain = type(unet).from_pretrained(tmp_path)
     assert not is_fused(plain) and torch.equal(call(plain), before)
@@ -236,7 +236,7 @@ def test_a_copy_and_a_save_of_a_fused_model(tmp_path: Path) -> None:
 def test_inside_unfused_a_model_is_torchs_own() -> None:
     unet = make_tiny_pipeline().unet
     before = call(unet)
-    fuse(unet)
+    fuse(unet, OPS)
     fused = call(unet)
     with unfused(unet):
         assert not is_fused(unet) and torch.equal(call(unet), before)
@@ -246,11 +246,18 @@ def test_inside_unfused_a_model_is_torchs_own() -> None:
     assert is_fused(unet)
 
 
+def test_on_a_cpu_nothing_is_fused_unless_it_is_named() -> None:
+    pipe = make_tiny_pipeline()
+    report = fuse(pipe)
+    assert not report.swapped and not is_fused(pipe) and set(report.kept) == {"unet", "vae"}
+    assert "name them in ops" in str(report)
+
+
 def test_what_cannot_be_fused_is_an_error() -> None:
     with pytest.raises(RecipeError, match="unknown operator 'conv'"):
         fuse(make_tiny_pipeline().unet, ["conv"])  # type: ignore[list-item]
     with pytest.raises(RecipeError, match="nothing in Linear"):
-        fuse(nn.Linear(2, 2))
+        fuse(nn.Linear(2, 2), OPS)
     with pytest.raises(RecipeError, match="neither a pipeline nor a model"):
         fuse("out/model")
 
@@ -312,7 +319,7 @@ def test_layers_in_8_bits_compute_what_is_simulated(scheme: str, scales_of: Any)
     before, scales = call(unet), scales_of(unet, scheme)
     with fake_quantized(unet, scales):
         noise = float((call(unet) - before).norm())
-    counts = fuse(unet, scales=scales).counts()
+    counts = fuse(unet, OPS, scales=scales).counts()
     assert counts[f"{scheme} product"] + counts[f"{scheme} convolution"] == len(scales)
     # rounding is chaotic: a last bit in the first layer moves codes in the last, so the noise is
     # as large and not the same
@@ -365,7 +372,7 @@ def test_a_processor_that_was_set_since_stays() -> None:
 def test_inside_unfused_layers_in_8_bits_keep_their_codes(scales_of: Any) -> None:
     unet = make_tiny_pipeline().unet
     before = call(unet)
-    fuse(unet, scales=scales_of(unet, "int8"))
+    fuse(unet, OPS, scales=scales_of(unet, "int8"))
     in_8_bits = call(unet)
     with unfused(unet):
         assert torch.equal(call(unet), before)
@@ -380,7 +387,7 @@ def test_a_model_in_8_bits_is_not_exported_as_if_it_were_not(
     from hcf.settings import ExportConfig
 
     pipe = make_tiny_pipeline()
-    fuse(pipe, scales=scales_of(pipe.unet, "int8"))
+    fuse(pipe, OPS, scales=scales_of(pipe.unet, "int8"))
     with pytest.raises(HcfError, match="more layers compute in 8 bits") as told:
         export_components(pipe, tmp_path, ExportConfig(components=["unet"]), print)
     assert "hcf.unfuse" in str(told.value.fix) and list(tmp_path.iterdir()) == []
@@ -414,7 +421,7 @@ def test_a_failure_leaves_nothing_fused(scales_of: Any, monkeypatch: pytest.Monk
 def test_a_block_that_drops_in_training_still_does() -> None:
     block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4, dropout=0.5)
     x = torch.randn(1, 16, 4, 4)
-    fuse(block)
+    fuse(block, OPS)
     with torch.no_grad():
         torch.manual_seed(0)
         found = block.train()(x, None)

@@ -30,13 +30,14 @@ Op = Literal["group_norm_silu", "layer_norm", "geglu", "attention", "upsample_co
 OPS: tuple[Op, ...] = get_args(Op)
 DEFAULTS: dict[str, tuple[Op, ...]] = {
     "cuda": OPS,
-    "cpu": ("group_norm_silu", "layer_norm", "geglu", "attention"),  # upsampling is slower there
+    "cpu": (),  # none pays there end to end: docs/fusion.md has the figures
 }
 ORIGINAL = "_hcf_unfused"  # on a swapped module: the class it had, or an attention's processor
 FOLDED = "_hcf_folded"  # on an upsampling block: its weight's sums
 CODES = "hcf_codes"  # on a layer in 8 bits
 STATE = (ORIGINAL, FOLDED, CODES)
 DENOISERS = ("unet.", "transformer.")
+NONE_PAYS = "on a CPU no kernel is faster than torch from end to end; name them in ops to use them"
 
 
 @dataclass
@@ -69,11 +70,11 @@ def fuse(
 ) -> FuseReport:
     """Swaps the modules of a pipeline or model that the kernels `ops` are for; returns what it did.
 
-    Without `ops` those of `DEFAULTS` for the device the weights are on. With `scales` (of `hcf
-    quantize`, {layer: scale}) the layers of the denoiser that they name compute in 8 bits. A model
-    that is fused already is unfused first. Raises RecipeError for an unknown operator, scales that
-    name no layer of the model, or a model with no module that any of them is for; then, as after
-    any error, nothing is fused.
+    Without `ops` those of `DEFAULTS` for the device the weights are on: none on a CPU. With
+    `scales` (of `hcf quantize`, {layer: scale}) the layers of the denoiser that they name compute
+    in 8 bits. A model that is fused already is unfused first. Raises RecipeError for an unknown
+    operator, scales that name no layer of the model, or a model with no module that any of them is
+    for; then, as after any error, nothing is fused.
     """
     parts = _parts(model)
     if scales:
@@ -88,6 +89,8 @@ def fuse(
             wanted = DEFAULTS[_device(part)] if ops is None else tuple(ops)
             if scales and prefix in ("", *DENOISERS):
                 _quantize_layers(prefix, part, scales, report)
+            if ops is None and not wanted:
+                report.kept[prefix.rstrip(".") or type(part).__name__] = NONE_PAYS
             _fuse_part(prefix, part, wanted, report)
     except Exception:
         unfuse(model)
