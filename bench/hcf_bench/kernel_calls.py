@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hcf.fuse import OPS, fuse
+from hcf.fuse import DEFAULTS, fuse
 from hcf_bench.workloads import build_case, find_workload
 
 NAMESPACE = "hcf"
@@ -114,7 +114,7 @@ def model_calls(workload: str, batch: int, dtype: str = "bf16") -> Counter[Kerne
     """{call: how often one forward makes it} of a module's fused form in channels_last."""
     case = build_case(find_workload(workload), batch=batch, device="meta", dtype=dtype)
     case.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    fuse(case.module, OPS)
+    fuse(case.module, DEFAULTS["cuda"])
     with torch.no_grad(), Recorder() as recorder:
         case.module(*case.inputs.values())
     return recorder.calls

@@ -26,10 +26,11 @@ from hcf.errors import RecipeError
 if TYPE_CHECKING:
     from hcf.quantize.scales import LayerScale
 
-Op = Literal["group_norm_silu", "layer_norm", "geglu", "attention", "upsample_conv3x3"]
+Op = Literal["group_norm_silu", "layer_norm", "geglu", "attention", "upsample_conv3x3", "conv3x3"]
 OPS: tuple[Op, ...] = get_args(Op)
 DEFAULTS: dict[str, tuple[Op, ...]] = {
-    "cuda": OPS,
+    # until it is measured against cuDNN's, the convolution has to be named
+    "cuda": tuple(op for op in OPS if op != "conv3x3"),
     "cpu": (),  # none pays there end to end: docs/fusion.md has the figures
 }
 ORIGINAL = "_hcf_unfused"  # on a swapped module: the class it had, or an attention's processor
@@ -199,6 +200,15 @@ def _fuse_part(prefix: str, part: nn.Module, ops: Sequence[Op], report: FuseRepo
                 report.kept[names[module]] = reason
                 continue
             _swap(module, fused.FusedUpsample2D, "upsample_conv3x3", names, report)
+    if "conv3x3" in ops:
+        folded = {m.conv for m in part.modules() if type(m) is fused.FusedUpsample2D}
+        for module in _of_kind(part, nn.Conv2d, names, report):
+            if module in folded:
+                continue
+            if (reason := fused.takes_conv(module)) is not None:
+                report.kept[names[module]] = reason
+                continue
+            _swap(module, fused.FusedConv2d, "conv3x3", names, report)
     if "attention" in ops:
         for module in _of_kind(part, Attention, names, report):
             if (reason := fused.takes_processor(module)) is not None:

@@ -20,14 +20,15 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from hcf.fuse import FOLDED
-from hcf.fuse.quantized import QuantizedConv2d, QuantizedLinear
+from hcf.fuse.quantized import QuantizedConv2d, QuantizedLinear, odd_convolution
 from hcf_kernels.attention import SHORT, attention
-from hcf_kernels.conv3x3 import fold_upsample, upsample_conv3x3
+from hcf_kernels.conv3x3 import conv3x3, fold_upsample, upsample_conv3x3
 from hcf_kernels.geglu import geglu, geglu_gate, geglu_int8
 from hcf_kernels.group_norm_silu import group_norm_silu, group_norm_silu_quantized
 from hcf_kernels.layer_norm import layer_norm
 from hcf_kernels.quantize import quantize
 
+NARROW = 32
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.SiLU: "silu", nn.GELU: "gelu"}
 
 
@@ -152,6 +153,17 @@ class FusedGEGLU(GEGLU):
         return y.reshape(*x.shape[:-1], -1)
 
 
+class FusedConv2d(nn.Conv2d):
+    """A 3x3 or 1x1 convolution; a residual is added in its epilogue."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), residual (B, O, H', W') -> (B, O, H', W')"""
+        if torch.compiler.is_exporting():  # the graph has the plain operators
+            y = super().forward(input)
+            return y if residual is None else residual + y
+        return conv3x3(input, self.weight, self.bias, None, residual, self.stride[0])
+
+
 class FusedResnetBlock2D(ResnetBlock2D):
     """Norm, SiLU, time embedding and scale-shift as one kernel before each convolution."""
 
@@ -175,10 +187,12 @@ class FusedResnetBlock2D(ResnetBlock2D):
                 scale_shift = scale, shift
             else:
                 add = projected
-        h = convolve(self.conv2, self.norm2, h, activation, add, scale_shift)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        out = x + h
+        if is_plain(self.conv2, FusedConv2d):
+            out = self.conv2(normalise(self.norm2, h, activation, add, scale_shift), x)
+        else:
+            out = x + convolve(self.conv2, self.norm2, h, activation, add, scale_shift)
         return out if self.output_scale_factor == 1.0 else out / self.output_scale_factor
 
 
@@ -264,6 +278,15 @@ def takes_resnet(block: ResnetBlock2D) -> str | None:
     for norm in (block.norm1, block.norm2):
         if not is_plain(norm, nn.GroupNorm) or norm.weight is None:
             return f"its norm is {type(norm).__name__}"
+    return None
+
+
+def takes_conv(conv: nn.Conv2d) -> str | None:
+    """None where `FusedConv2d` computes what this convolution does, else why not."""
+    if (reason := odd_convolution(conv)) is not None:
+        return reason
+    if min(conv.in_channels, conv.out_channels) < NARROW:
+        return f"it has fewer than {NARROW} channels, where the library's is the better kernel"
     return None
 
 

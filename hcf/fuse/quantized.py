@@ -110,10 +110,15 @@ def why_not(module: nn.Module, scale: LayerScale) -> str | None:
         return f"it is a {type(module).__name__}"
     if scale.low_rank is not None:
         return "a convolution with a low-rank branch"
-    size, padding = module.kernel_size, module.padding
+    return odd_convolution(module)
+
+
+def odd_convolution(conv: nn.Conv2d) -> str | None:
+    """None for a 3x3 or 1x1 convolution of stride 1 or 2 that keeps its borders, else why not."""
+    size, padding = conv.kernel_size, conv.padding
     square = size in ((3, 3), (1, 1)) and padding == (size[0] // 2, size[0] // 2)
-    plain = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
-    if not (square and plain and module.stride in ((1, 1), (2, 2))):
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    if not (square and plain and conv.stride in ((1, 1), (2, 2))):
         return "its convolution is neither a plain 3x3 nor 1x1"
     return None
 
