@@ -1,17 +1,24 @@
-"""Fusion of two text encoders along tokens, with a pooled vector for the U-Net's time embedding.
+"""Fusion of two text encoders into one context, with a pooled vector for the U-Net.
 
-Each encoder passes its own LayerNorm + MLP to the context width; the sequences are concatenated
-along tokens; masked positions are replaced by a learned padding vector per position (HunyuanDiT's
-practice). Pooled = [ImageCLIP projected CLS ; attention-pooled Sandwich].
+Each encoder passes its own LayerNorm + MLP to the context width; masked positions are replaced by a
+learned padding vector per position (HunyuanDiT's practice). The form "tokens" concatenates the two
+sequences (SD-A, A3, A4, C), "channels" their channels, position by position, for which both must
+read the same tokens (SD-B). Pooled = [ImageCLIP projected CLS ; attention-pooled Sandwich].
 
 B batch, S1/S2 tokens of ImageCLIP and Sandwich, D context width, P1 ImageCLIP projection width,
 D2 Sandwich width.
 """
 
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+
+Form = Literal["tokens", "channels"]
+Encoders = Literal["both", "image_clip", "sandwich"]
 
 
 def _project(width_in: int, width: int) -> nn.Sequential:
@@ -36,6 +43,13 @@ class AttentionPool(nn.Module):
 
 
 class TextFusion(ModelMixin, ConfigMixin):
+    """Both encoders' states -> context, pooled.
+
+    For ablations `encoders` leaves one encoder out and `use_pooled=False` the pooled vector. The
+    left-out encoder has no tokens; in the form "channels" its half of the width stays, as padding.
+    A pooled half that is left out is zero, so that one U-Net fits every choice.
+    """
+
     @register_to_config
     def __init__(
         self,
@@ -45,14 +59,29 @@ class TextFusion(ModelMixin, ConfigMixin):
         sandwich_width: int = 1024,
         sandwich_tokens: int = 128,
         context_width: int = 1024,
+        form: Form = "tokens",
+        encoders: Encoders = "both",
+        use_pooled: bool = True,
     ) -> None:
         super().__init__()
-        self.clip_proj = _project(clip_width, context_width)
-        self.sandwich_proj = _project(sandwich_width, context_width)
-        self.pool = AttentionPool(sandwich_width)
-        self.padding = nn.Parameter(
-            torch.randn(clip_tokens + sandwich_tokens, context_width) * 0.02
-        )
+        for name, value, known in (("form", form, Form), ("encoders", encoders, Encoders)):
+            if value not in get_args(known):
+                raise ValueError(f"{name}={value!r} is not known: one of {get_args(known)}")
+        if form == "channels" and clip_tokens != sandwich_tokens:
+            raise ValueError(
+                f"form='channels' joins the encoders position by position, and they read "
+                f"{clip_tokens} and {sandwich_tokens} tokens: give both one tokenizer and one "
+                "length, or use form='tokens'"
+            )
+        clip, sandwich = encoders != "sandwich", encoders != "image_clip"
+        self.clip_proj = _project(clip_width, context_width) if clip else None
+        self.sandwich_proj = _project(sandwich_width, context_width) if sandwich else None
+        self.pool = AttentionPool(sandwich_width) if sandwich and use_pooled else None
+        self.shares = [clip * clip_tokens, sandwich * sandwich_tokens]
+        shape = (sum(self.shares), context_width)
+        if form == "channels":
+            shape = (clip_tokens, 2 * context_width)
+        self.padding = nn.Parameter(torch.randn(shape) * 0.02)
 
     def forward(
         self,
@@ -62,15 +91,55 @@ class TextFusion(ModelMixin, ConfigMixin):
         sandwich_hidden: Tensor,
         sandwich_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Context (B, S1+S2, D) and pooled (B, P1+D2) of both encoders' states and masks (B, S).
+        """Context (B, S1+S2, D) or (B, S, 2D) and pooled (B, P1+D2), of states and masks (B, S).
 
-        An encoder whose mask is all zero in a row is absent there: its tokens are padding and its
-        half of the pooled vector is zero. Both absent is the null condition of guidance.
+        An encoder whose mask is all zero in a row is absent there: its part of the context is
+        padding and its half of the pooled vector is zero. Both absent is the null condition of
+        guidance.
         """
-        keep = torch.cat([clip_mask, sandwich_mask], dim=1).bool()
-        context = torch.cat([self.clip_proj(clip_hidden), self.sandwich_proj(sandwich_hidden)], 1)
-        context = torch.where(keep[..., None], context, self.padding.to(context.dtype))
-        has_clip = clip_mask.bool().any(1, keepdim=True).to(context.dtype)
-        has_sandwich = sandwich_mask.bool().any(1, keepdim=True).to(context.dtype)
-        pooled = self.pool(sandwich_hidden, sandwich_mask.bool())
-        return context, torch.cat([clip_pooled * has_clip, pooled * has_sandwich], dim=1)
+        clip_mask, sandwich_mask = clip_mask.bool(), sandwich_mask.bool()
+        if self.config["form"] == "channels":
+            axis, paddings = 2, self.padding.chunk(2, dim=1)
+        else:
+            axis, paddings = 1, self.padding.split(self.shares)
+        context = torch.cat(
+            [
+                _padded(self.clip_proj, clip_hidden, clip_mask, paddings[0]),
+                _padded(self.sandwich_proj, sandwich_hidden, sandwich_mask, paddings[1]),
+            ],
+            dim=axis,
+        )
+        return context, self._pooled(clip_pooled, clip_mask, sandwich_hidden, sandwich_mask)
+
+    def _pooled(
+        self, clip_pooled: Tensor, clip_mask: Tensor, sandwich: Tensor, sandwich_mask: Tensor
+    ) -> Tensor:
+        """clip_pooled (B, P1), sandwich (B, S2, D2), masks (B, S) -> (B, P1+D2)"""
+        if self.config["use_pooled"] and self.clip_proj is not None:
+            clip = clip_pooled * clip_mask.any(1, keepdim=True).to(clip_pooled.dtype)
+        else:
+            clip = torch.zeros_like(clip_pooled)
+        if self.pool is None:
+            return torch.cat([clip, torch.zeros_like(sandwich[:, 0])], dim=1)
+        pooled = self.pool(sandwich, sandwich_mask)
+        return torch.cat([clip, pooled * sandwich_mask.any(1, keepdim=True).to(pooled.dtype)], 1)
+
+
+def _padded(project: nn.Module | None, hidden: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
+    """hidden (B, S, D'), mask (B, S) bool, padding (S, D) -> (B, S, D); all padding without
+    `project`"""
+    if project is None:
+        return padding.to(hidden.dtype).expand(hidden.shape[0], *padding.shape)
+    states = project(hidden)
+    return torch.where(mask[..., None], states, padding.to(states.dtype))
+
+
+def unet_condition(config: Mapping[str, Any], pooled: Tensor, time_ids: Tensor) -> dict[str, Any]:
+    """How a U-Net of `config` is given the pooled text (B, P) and the size condition (B, 6).
+
+    The keyword arguments beside the context: for SD-A, B and C `added_cond_kwargs`, for SD-A3
+    `class_labels`, for SD-A4, which pools the context itself, none.
+    """
+    if config["addition_embed_type"] == "text_time":
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+    return {"class_labels": pooled} if config["class_embed_type"] == "projection" else {}
