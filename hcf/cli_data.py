@@ -1,4 +1,4 @@
-"""`hcf data build` and `hcf train`: what the models are made from."""
+"""`hcf data build` and `hcf train`: what the models are made from, and what making them costs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hcf.errors import HcfError, InvalidArtifact, MissingDependency, RecipeError
 from hcf.terminal import (
@@ -98,6 +99,20 @@ def judge(
     finish(format, str(output), {"output": str(output), "accuracy": accuracy["unseen"]})
 
 
+class _TrainGroup(TyperGroup):
+    """`hcf train RECIPE` is `hcf train run RECIPE`: what is no command here is a recipe."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {*self.commands, "--help"}
+        return super().parse_args(ctx, ["run", *args] if args and args[0] not in known else args)
+
+
+training = typer.Typer(
+    cls=_TrainGroup, no_args_is_help=True, help="Train a recipe (hcf train RECIPE), or plan a run."
+)
+
+
+@training.command("run")
 def train(
     recipe: Annotated[Path, typer.Argument(help="A file of recipes/train.")],
     set: SetOption = None,
@@ -109,6 +124,7 @@ def train(
     overrides = parse_overrides(set)
     if not recipe.is_file():
         raise RecipeError(f"no recipe at {recipe}", "see recipes/train")
+    from taiji.train.parallel import rank
     from taiji.train.recipe import train as work
 
     try:
@@ -121,4 +137,37 @@ def train(
         raise InvalidArtifact(str(error), "build the data, or run the phases in order") from error
     except FloatingPointError as error:
         raise HcfError(f"the training diverged: {error}", "lower loop.learning_rate") from error
-    finish(format, str(model), {"model": str(model)})
+    except ImportError as error:
+        raise MissingDependency(str(error), "pip install what is named") from error
+    except ValueError as error:
+        raise RecipeError(f"{recipe}: {error}", "see docs/training.md") from error
+    if rank() == 0:
+        finish(format, str(model), {"model": str(model)})
+
+
+@training.command("plan")
+def plan(
+    preset: Annotated[list[str], typer.Argument(help="Such as A-300M, A-1.3B, SD-A, SR-S.")],
+    gpus: Annotated[int, typer.Option(min=1)] = 32,
+    hours: Annotated[float, typer.Option(help="Of the whole run.")] = 336.0,
+    batch: Annotated[int, typer.Option(min=1, help="Global.")] = 4096,
+    resolution: Annotated[int | None, typer.Option(min=8, help="Pixels.")] = None,
+    mfu: Annotated[float, typer.Option(help="Assumed share of the peak.")] = 0.27,
+    device: Annotated[str, typer.Option(help="a100, h100, h200, ...")] = "a100",
+    images: Annotated[float, typer.Option(help="Of the data set, for the passes.")] = 100e6,
+    text: Annotated[str, typer.Option(help="none, frozen or trained: its encoder.")] = "none",
+    format: FormatOption = Format.human,
+) -> None:
+    """Estimate what training a preset costs: rate, samples, passes, memory, checkpoints."""
+    from taiji.train.plan import PlanConfig, table
+    from taiji.train.plan import plan as work
+
+    try:
+        config = PlanConfig(
+            gpus=gpus, hours=hours, batch=batch, resolution=resolution, mfu=mfu, device=device,
+            images=images, text=text,
+        )  # fmt: skip
+        plans = [work(name, config) for name in preset]
+    except ValueError as error:
+        raise RecipeError(str(error), "see hcf train plan --help") from error
+    finish(format, table(plans), {"plans": [p.model_dump(mode="json") for p in plans]})

@@ -20,7 +20,7 @@ from hcf.cli_bench import (
     command_line,
     write_reports,
 )
-from hcf.errors import MissingDependency, RowsFailed
+from hcf.errors import MissingDependency, RecipeError, RowsFailed
 from hcf.terminal import Format, FormatOption, Log, SetOption, ThreadsOption, finish, make_log
 
 if TYPE_CHECKING:
@@ -216,6 +216,40 @@ def kernels(
     failed = [f"  {row.call}: {row.failed['ours']}" for row in record.rows if "ours" in row.failed]
     if failed:
         raise RowsFailed(f"{len(failed)} of {len(record.rows)} calls failed:\n" + "\n".join(failed))
+
+
+def training(
+    preset: Annotated[list[str] | None, typer.Argument(help="As hcf train plan; MINI.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="img/s and MFU, no peer.")] = False,
+    batch: Annotated[int, typer.Option(min=1)] = 16,
+    pieces: Annotated[int, typer.Option(min=1, help="Of a batch, with --measure.")] = 1,
+    recompute: Annotated[bool, typer.Option(help="Activations, with --measure.")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32 or bf16.")] = "fp32",
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds of pairs.")] = 120.0,
+    threads: ThreadsOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON to write.")] = None,
+    results: ResultsOption = RESULTS,
+    store: StoreOption = False,
+    format: FormatOption = Format.human,
+) -> None:
+    """Training speed: our loop beside diffusers' example in pairs, or its img/s and MFU alone."""
+    from hcf_bench.suite import store_record, write_record
+    from hcf_bench.training import TrainingConfig, run_training
+
+    log: Log = make_log(format)
+    try:
+        config = TrainingConfig(
+            presets=preset or ["MINI"], measure=measure, batch=batch, pieces=pieces, dtype=dtype,
+            recompute=recompute, budget_s=budget_s, threads=threads,
+        )  # fmt: skip
+        record, lines = run_training(config, command_line(), log)
+    except ValueError as error:
+        raise RecipeError(str(error), "see hcf bench training --help") from error
+    if output is not None:
+        write_record(output, record)
+    if store:
+        log(f"stored {store_record(record, results)}")
+    finish(format, "\n".join(lines), record.model_dump(mode="json"))
 
 
 def _run_suite(

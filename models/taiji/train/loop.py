@@ -1,133 +1,111 @@
-"""One training loop for every phase: accelerate underneath, EMA, bf16 where asked, exact resume."""
+"""One training loop for every phase: accelerate underneath, EMA, bf16 where asked, exact resume.
+
+A step's batch is `micro_batches` pieces, each drawn from generators of (seed, step, piece): which
+process takes a piece, and what came before, change nothing. A step whose loss or gradient is not
+finite is skipped; a row of them takes the run back to its last checkpoint, with other randomness.
+"""
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 
-from taiji.train.checkpoint import load_checkpoint, save_checkpoint
+from taiji.train.parallel import gather_into, mean_over_processes, slowest
+from taiji.train.resume import LOG_FILE, resume, roll_back, save
+from taiji.train.session import Batch as Batch
+from taiji.train.session import Draw, Session, open_session
+from taiji.train.session import Log as Log
+from taiji.train.settings import LoopConfig as LoopConfig
+from taiji.train.settings import learning_rate_scale as learning_rate_scale
+from taiji.train.settings import step_generators as step_generators
+from taiji.train.step import take_step
+from taiji.train.throughput import describe_speed, peak_flops
 
-Batch = dict[str, Tensor]
-Log = Callable[[str], None]
-
-
-class LoopConfig(BaseModel):
-    """Settings of a run. The learning rate warms up, stays, then falls linearly to zero over the
-    last `decay_share` of the steps (WSD), so that a run can be prolonged before its decay."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: int = Field(gt=0)
-    batch_size: int = Field(64, gt=0)
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(100, ge=0)
-    decay_share: float = Field(0.2, ge=0, le=1)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = 0
-    log_every: int = Field(50, gt=0)
-    checkpoint_every: int = Field(1000, gt=0)
-
-
-def learning_rate_scale(step: int, config: LoopConfig) -> float:
-    """Factor on the base rate at `step` (0-based): warm-up, stable, linear decay."""
-    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    decay_steps = max(int(config.steps * config.decay_share), 1)
-    return min(warmup, (config.steps - step) / decay_steps)
-
-
-def step_generators(seed: int, step: int, rank: int) -> tuple[np.random.Generator, torch.Generator]:
-    """The randomness of one step on one process, independent of every other step's."""
-    sequence = np.random.SeedSequence([seed, step, rank])
-    numpy_seed, torch_seed = sequence.generate_state(2, np.uint64)
-    generator = torch.Generator().manual_seed(int(torch_seed >> np.uint64(1)))
-    return np.random.default_rng(numpy_seed), generator
+STRAGGLING = 0.1  # share of the time that one process waits for data, from which it is named
 
 
 def run(
-    objective: nn.Module,
-    draw: Callable[[np.random.Generator, int], Batch],
-    config: LoopConfig,
-    folder: Path,
-    log: Log = print,
+    objective: nn.Module, draw: Draw, config: LoopConfig, folder: Path, log: Log = print
 ) -> dict[str, float]:
     """Minimises `objective(**batch, generator=g) -> (loss, parts)`; leaves EMA weights in it.
 
-    `draw(rng, batch_size)` gives one process's batch. State goes to `folder`/checkpoint and metrics
-    to `folder`/log.jsonl; a run that finds a checkpoint there goes on from it. Returns the last
-    averaged metrics. Raises FloatingPointError when the loss is not finite.
+    `draw(rng, size)` gives one piece of a batch. State goes to `folder`/checkpoints and metrics to
+    `folder`/log.jsonl; a run that finds a checkpoint there goes on from it. Returns the last
+    averaged metrics. What changes while training must be a parameter or a persistent buffer.
+
+    An objective with `turns` is called once a turn, with `turn=name, step=i`; `parameters_of(turn)`
+    says what that turn's optimiser updates. The average is over the first turn's parameters. One
+    with `parameter_groups()` has its own factor `lr_scale` on the learning rate of each group.
+
+    Raises FloatingPointError when steps stay non-finite, naming the last good checkpoint, and
+    ValueError when the checkpoint in `folder` is of another recipe or model.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=True,
-        betas=(0.9, 0.99),
-    )
-    ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=3 / 4)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, start, spent = folder / "checkpoint", 0, 0.0
-    if checkpoint.exists():
-        state = load_checkpoint(
-            checkpoint, model=objective, shadow=ema.shadow_params, optimizer=optimizer
+    session = open_session(objective, draw, config, folder, log)
+    resume(session)
+    session.begun = time.monotonic()
+    _track(session)
+    progress, streak = session.progress, 0
+    while progress.step < config.steps:
+        good = take_step(session)
+        streak = 0 if good else streak + 1
+        progress.step += 1
+        progress.skipped += not good
+        if streak >= session.most_skips:
+            roll_back(session, streak)
+            progress, streak = session.progress, 0
+            continue
+        if progress.step % config.log_every == 0 or progress.step == config.steps:
+            _report(session)
+        due = progress.step % config.checkpoint_every == 0 and streak == 0
+        if due or progress.step == config.steps:
+            save(session)
+    return _close(session, objective)
+
+
+def _report(session: Session) -> None:
+    """One line of the log: means since the last one, and how fast it went."""
+    progress, accelerator = session.progress, session.accelerator
+    if not progress.pending:
+        if progress.step == session.config.steps and not progress.metrics:
+            raise FloatingPointError("no step had a finite loss; lower learning_rate")
+        return
+    names = list(progress.pending)
+    means = [float(np.mean(progress.pending[name])) for name in names]
+    values = dict(zip(names, mean_over_processes(means, accelerator), strict=True))
+    peak, _ = peak_flops(accelerator.device, session.config.precision)
+    speed = session.meter.read(peak * accelerator.num_processes)
+    if speed:
+        speed["data_wait"], straggler = slowest(speed["data_wait"], accelerator)
+        if accelerator.num_processes > 1 and speed["data_wait"] > STRAGGLING:
+            session.log(f"process {straggler} waits longest for data, and the others for it")
+    counts = {n: getattr(progress, n) for n in ("skipped", "rollbacks", "spikes")}
+    progress.metrics = {**values, **speed, **{n: float(c) for n, c in counts.items() if c}}
+    progress.pending = {}
+    seconds = session.seconds()
+    shown = " ".join(f"{k} {v:.4f}" for k, v in values.items()) + describe_speed(speed)
+    session.log(f"step {progress.step}/{session.config.steps} {seconds:.0f} s {shown}")
+    accelerator.log(progress.metrics, step=progress.step)
+    if accelerator.is_main_process:
+        row = {"step": progress.step, "seconds": seconds, **progress.metrics}
+        with (session.folder / LOG_FILE).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _track(session: Session) -> None:
+    if session.accelerator.log_with:
+        session.accelerator.init_trackers(
+            "tensorboard",
+            init_kwargs={"tensorboard": {"purge_step": session.progress.step + 1}},
         )
-        start, spent = state["step"], state["seconds"]
-        ema.optimization_step = start
-        log(f"resumed at step {start}")
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    averaged: dict[str, list[float]] = {}
-    metrics: dict[str, float] = {}
-    begun = time.monotonic()
 
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            save_checkpoint(
-                checkpoint,
-                model=objective,
-                shadow=ema.shadow_params,
-                optimizer=optimizer.optimizer,
-                step=step,
-                extra={"seconds": spent + time.monotonic() - begun},
-            )
 
-    for step in range(start, config.steps):
-        rng, generator = step_generators(config.seed, step, accelerator.process_index)
-        batch = {k: v.to(accelerator.device) for k, v in draw(rng, config.batch_size).items()}
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_scale(step, config)
-        with accelerator.autocast():
-            loss, parts = model(**batch, generator=generator)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower learning_rate")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(parameters)
-        for key, value in {"loss": loss.item(), **parts}.items():
-            averaged.setdefault(key, []).append(value)
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            metrics = {k: float(np.mean(v)) for k, v in averaged.items()}
-            averaged.clear()
-            seconds = spent + time.monotonic() - begun
-            shown = " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-            log(f"step {step + 1}/{config.steps} {seconds:.0f} s {shown}")
-            with (folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step + 1, "seconds": seconds, **metrics}) + "\n")
-        if (step + 1) % config.checkpoint_every == 0:
-            save(step + 1)
-    save(config.steps)
-    ema.copy_to(parameters)
-    return {**metrics, "seconds": spent + time.monotonic() - begun}
+def _close(session: Session, objective: nn.Module) -> dict[str, float]:
+    """EMA weights into the objective; the last metrics."""
+    session.ema.copy_to(session.averaged)
+    if session.module is not objective:
+        gather_into(objective, session.module)
+    for tracker in session.accelerator.trackers:
+        tracker.finish()
+    return {**session.progress.metrics, "seconds": session.seconds()}
