@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from hcf import cli_bench, cli_data, cli_measure, cli_stages, cli_suite
+from hcf import cli_bench, cli_data, cli_dataset, cli_measure, cli_stages, cli_suite
 from hcf.artifact import is_disk_full
 from hcf.errors import HcfError, InvalidArtifact, StorageError
 from hcf.terminal import (
@@ -152,11 +152,14 @@ for timed in (
     cli_suite.kernels,
     cli_suite.suite,
     cli_suite.gpu,
+    cli_suite.training,
 ):
     cli_bench.bench.command()(timed)
 app.add_typer(cli_bench.bench, name="bench")
+for step in cli_dataset.VERBS:
+    cli_data.data.command()(step)
 app.add_typer(cli_data.data, name="data")
-app.command()(cli_data.train)
+app.add_typer(cli_data.training, name="train")
 
 
 @app.command()

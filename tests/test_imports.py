@@ -41,7 +41,7 @@ LAYERS = (
     ("report", "doctor", "inspect", "generate"),
     ("run", "run_stages", "run_report"),
     ("terminal",),
-    ("cli", "cli_bench", "cli_data", "cli_measure", "cli_stages", "cli_suite"),
+    ("cli", "cli_bench", "cli_data", "cli_dataset", "cli_measure", "cli_stages", "cli_suite"),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Nothing outside these imports hcf_bench, and only inside functions.
