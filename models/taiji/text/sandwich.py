@@ -5,15 +5,20 @@
 (b) `sandwich_norm`: a LayerNorm before and after every branch (Ding et al., "CogView",
     arXiv 2105.13290), which keeps activations small in half precision.
 
-With `sandwich_k=0` and `sandwich_norm=False` it is BERT exactly, and `bert_to_sandwich` maps a BERT
-checkpoint's tensors onto it.
+With `sandwich_k=0` and `sandwich_norm=False` it is BERT exactly, and `from_bert` reads a folder
+with a BERT checkpoint, such as Chinese RoBERTa-wwm.
 
 B batch, S text tokens, D width, N heads, K head dim.
 """
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
@@ -72,6 +77,8 @@ def sublayer_order(layers: int, sandwich_k: int) -> str:
 class SandwichTextEncoder(ModelMixin, ConfigMixin):
     """input_ids (B, S) int64, attention_mask (B, S) -> hidden states (B, S, D)."""
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,
@@ -97,6 +104,7 @@ class SandwichTextEncoder(ModelMixin, ConfigMixin):
         ]
         self.sublayers = nn.ModuleList(Sublayer(b, width, sandwich_norm) for b in branches)
         self.final_norm = nn.LayerNorm(width, eps=1e-12) if sandwich_norm else nn.Identity()
+        self.gradient_checkpointing = False
         for embedding in (self.word, self.position, self.token_type):
             nn.init.normal_(embedding.weight, std=0.02)
 
@@ -106,42 +114,111 @@ class SandwichTextEncoder(ModelMixin, ConfigMixin):
         x = self.norm(x)
         mask = attention_mask[:, None, None, :].bool()
         for sublayer in self.sublayers:
-            x = sublayer(x, mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(sublayer, x, mask)
+            else:
+                x = sublayer(x, mask)
         return self.final_norm(x)
+
+    @classmethod
+    def from_bert(cls, folder: Path) -> "SandwichTextEncoder":
+        """The encoder of a BERT checkpoint (config.json, *.safetensors), key for key, no pooler.
+
+        Raises ValueError for another architecture, and for weights that are missing or pickled.
+        """
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no config.json: name the folder of a BERT checkpoint")
+        encoder = cls(**bert_config(json.loads(path.read_text())))
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(
+                f"{folder} has no .safetensors weights, and pickles are not read: save the model "
+                "again with transformers' save_pretrained"
+            )
+        tensors = {k: v for file in files for k, v in load_file(file).items()}
+        try:
+            encoder.load_state_dict(bert_to_sandwich(tensors))
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{folder} does not fit its config.json: {error}") from error
+        return encoder.eval()
+
+    def layer_of(self, name: str) -> int:
+        """Depth of a parameter: 0 for the embeddings, then 1 for each two sublayers, to `layers`.
+        What stands behind the last sublayer belongs to the last layer."""
+        part, _, rest = name.partition(".")
+        if part == "sublayers":
+            return int(rest.split(".")[0]) // 2 + 1
+        return int(self.config["layers"]) if part == "final_norm" else 0
+
+
+def bert_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A BERT config.json as arguments of SandwichTextEncoder (k=0, no extra norm).
+
+    Raises ValueError where the model computes something that BERT does not.
+    """
+    expected = {
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "type_vocab_size": 2,
+        "position_embedding_type": "absolute",
+    }
+    for key, value in expected.items():
+        found = config.get(key, value if key != "model_type" else None)
+        if found != value:
+            raise ValueError(
+                f"not a BERT that Sandwich can take over: {key} is {found!r}, needed {value!r}"
+            )
+    return {
+        "vocab_size": config["vocab_size"],
+        "width": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "heads": config["num_attention_heads"],
+        "ffn_width": config["intermediate_size"],
+        "max_length": config["max_position_embeddings"],
+        "sandwich_k": 0,
+        "sandwich_norm": False,
+    }
+
+
+_BERT_EMBEDDINGS = {
+    "word_embeddings": "word",
+    "position_embeddings": "position",
+    "token_type_embeddings": "token_type",
+    "LayerNorm": "norm",
+}
+_BERT_LAYER = {  # sublayer of the pair, module in it
+    "attention.self.query": (0, "branch.query"),
+    "attention.self.key": (0, "branch.key"),
+    "attention.self.value": (0, "branch.value"),
+    "attention.output.dense": (0, "branch.out"),
+    "attention.output.LayerNorm": (0, "norm_out"),
+    "intermediate.dense": (1, "branch.up"),
+    "output.dense": (1, "branch.down"),
+    "output.LayerNorm": (1, "norm_out"),
+}
+_TENSORFLOW_LEAVES = {"gamma": "weight", "beta": "bias"}  # of LayerNorm, in older checkpoints
 
 
 def bert_to_sandwich(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a `transformers` BertModel renamed for SandwichTextEncoder (k=0, no extra norm).
 
-    Raises KeyError for a key that is neither an encoder tensor nor the pooler or a buffer.
+    Pooler, heads and buffers are left out. Raises KeyError for any other key that is no encoder
+    tensor.
     """
-    attention = {"query": "query", "key": "key", "value": "value"}
     out: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        name = name.removeprefix("bert.")
-        parts = name.split(".")
-        if parts[0] in ("pooler", "cls") or name.endswith("position_ids"):
+    for full_name, tensor in state_dict.items():
+        parts = full_name.removeprefix("bert.").split(".")
+        if parts[0] in ("pooler", "cls") or parts[-1] == "position_ids":
             continue
-        if parts[0] == "embeddings":
-            table = {
-                "word_embeddings": "word",
-                "position_embeddings": "position",
-                "token_type_embeddings": "token_type",
-                "LayerNorm": "norm",
-            }
-            out[f"{table[parts[1]]}.{parts[2]}"] = tensor
+        leaf = _TENSORFLOW_LEAVES.get(parts[-1], parts[-1])
+        if parts[0] == "embeddings" and parts[1] in _BERT_EMBEDDINGS:
+            out[f"{_BERT_EMBEDDINGS[parts[1]]}.{leaf}"] = tensor
             continue
-        if parts[:2] != ["encoder", "layer"]:
-            raise KeyError(f"not a BERT encoder tensor: {name}")
-        i, rest, leaf = int(parts[2]), parts[3:-1], parts[-1]
-        s, f = f"sublayers.{2 * i}", f"sublayers.{2 * i + 1}"
-        target = {
-            **{f"attention.self.{k}": f"{s}.branch.{v}" for k, v in attention.items()},
-            "attention.output.dense": f"{s}.branch.out",
-            "attention.output.LayerNorm": f"{s}.norm_out",
-            "intermediate.dense": f"{f}.branch.up",
-            "output.dense": f"{f}.branch.down",
-            "output.LayerNorm": f"{f}.norm_out",
-        }[".".join(rest)]
-        out[f"{target}.{leaf}"] = tensor
+        module = ".".join(parts[3:-1])
+        if parts[:2] != ["encoder", "layer"] or module not in _BERT_LAYER:
+            raise KeyError(f"not a BERT encoder tensor: {full_name}")
+        offset, target = _BERT_LAYER[module]
+        out[f"sublayers.{2 * int(parts[2]) + offset}.{target}.{leaf}"] = tensor
     return out

@@ -1,17 +1,19 @@
-"""A Chinese character-level tokenizer, built from a corpus, as a `transformers` fast tokenizer.
+"""Tokenizers of the text side: a character vocabulary built from a corpus, or BERT's of a folder.
 
-One token per character: Chinese prompts are short, the vocabulary is small and nothing has to be
-segmented. Latin letters and digits are tokens of their own too.
+The character tokenizer has one token per character: Chinese prompts are short, the vocabulary is
+small and nothing has to be segmented. Latin letters and digits are tokens of their own too.
+Chinese BERT does the same to Chinese characters and cuts other words into pieces.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
-PAD, UNK, CLS = "[PAD]", "[UNK]", "[CLS]"
+PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 
 
 def build_tokenizer(
@@ -41,6 +43,22 @@ def build_tokenizer(
     )
 
 
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer saved in `folder`: a tokenizer.json, or the vocab.txt of a Chinese BERT.
+
+    Raises ValueError when neither is there, or the vocabulary is not BERT's.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    if not (folder / "vocab.txt").is_file():
+        raise ValueError(f"{folder} has neither tokenizer.json nor vocab.txt: name a tokenizer's")
+    vocab = set((folder / "vocab.txt").read_text(encoding="utf-8").split("\n"))
+    missing = [token for token in (PAD, UNK, CLS, SEP) if token not in vocab]
+    if missing:
+        raise ValueError(f"{folder}/vocab.txt is not a BERT vocabulary: no {', '.join(missing)}")
+    return BertTokenizerFast.from_pretrained(folder)
+
+
 def tokens(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int
 ) -> tuple[Tensor, Tensor]:
@@ -49,3 +67,9 @@ def tokens(
         texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
     return batch.input_ids, batch.attention_mask
+
+
+def overlong(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], length: int) -> int:
+    """How many of the texts `tokens` would cut."""
+    ids = tokenizer(list(texts), verbose=False).input_ids
+    return sum(len(row) > length for row in ids)

@@ -47,7 +47,8 @@ def enable_gradient_checkpointing(objective: nn.Module) -> None:
         # as diffusers calls it, and transformers
         for name in ("enable_gradient_checkpointing", "gradient_checkpointing_enable"):
             method = getattr(module, name, None)
-            if method is not None:
+            # diffusers has the method on every model, and raises where it cannot
+            if method is not None and getattr(module, "_supports_gradient_checkpointing", True):
                 method()
                 enabled += 1
                 break
