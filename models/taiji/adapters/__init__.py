@@ -1,0 +1,1 @@
+"""What is added to a trained denoiser: an image beside the text, a subject, a style."""
