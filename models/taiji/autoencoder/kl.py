@@ -1,15 +1,17 @@
-"""KL first stage: diffusers' AutoencoderKL and its reconstruction objective.
+"""KL first stage: diffusers' AutoencoderKL, its objectives, and latents of either first stage.
 
-The published recipe adds LPIPS and a patch discriminator. Here the loss is L1 on pixels and on
-their finite differences, which is what flat art with hard edges needs and asks for no pretrained
-network.
+`KlFirstStage` is the published one for `vqgan.AdversarialObjective`. `FirstStageObjective` is L1 on
+pixels and on their finite differences, which is what flat art with hard edges needs and asks for
+no pretrained network. B batch, C latent channels, H W pixels, h w latent grid.
 """
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
+
+from taiji.autoencoder.losses import psnr
 
 Parts = dict[str, float]
 
@@ -33,16 +35,47 @@ class FirstStageObjective(nn.Module):
         output = self.vae.decode(posterior.sample(generator=generator)).sample.float()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         l1, edge = l1_loss(output, images), edge_l1(output, images)
-        mse = (output.detach().clamp(-1, 1) - images).square().mean((1, 2, 3))
-        psnr = (10 * torch.log10(4 / mse.clamp_min(1e-8))).mean()
-        parts = {"l1": l1.item(), "edge": edge.item(), "kl": kl.item(), "psnr": psnr.item()}
+        db = psnr(output, images).mean()
+        parts = {"l1": l1.item(), "edge": edge.item(), "kl": kl.item(), "psnr": db.item()}
         return l1 + self.edge_weight * edge + self.kl_weight * kl, parts
 
 
+class KlFirstStage(nn.Module):
+    """An AutoencoderKL in training, with the regulariser of Rombach et al. (arXiv 2112.10752):
+    the divergence from a unit Gaussian in nats an image.
+
+    `sums`: it stands beside errors that are summed over an image's pixels, not averaged.
+    """
+
+    sums = True
+
+    def __init__(self, model: AutoencoderKL, kl_weight: float = 1e-6) -> None:
+        super().__init__()
+        self.model, self.kl_weight = model, kl_weight
+
+    def last_layer(self) -> Tensor:
+        return self.model.decoder.conv_out.weight
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Parts]:
+        """images (B, 3, H, W) in [-1, 1] -> output (B, 3, H, W), weighted divergence"""
+        posterior = self.model.encode(images).latent_dist
+        kl = posterior.kl().mean()
+        output = self.model.decode(posterior.sample(generator=generator)).sample
+        return output, self.kl_weight * kl, {"kl": kl.item()}
+
+
+def latents(model: AutoencoderKL | VQModel, images: Tensor) -> Tensor:
+    """images (B, 3, H, W) -> (B, C, h, w), unscaled: the mean, or what a VQ will quantise"""
+    encoded = model.encode(images.to(model.device))
+    return encoded.latents if isinstance(model, VQModel) else encoded.latent_dist.mean
+
+
 @torch.no_grad()
-def measure_scaling_factor(vae: AutoencoderKL, images: Tensor) -> float:
+def measure_scaling_factor(
+    model: AutoencoderKL | VQModel, images: Tensor, batch_size: int = 512
+) -> float:
     """1 / standard deviation of the latents of `images` (B, 3, H, W): measured, never inherited."""
-    return 1.0 / float(vae.encode(images).latent_dist.mean.std())
+    return 1.0 / float(torch.cat([latents(model, x) for x in images.split(batch_size)]).std())
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -51,11 +84,11 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> Tensor:
+def encode_images(vae: AutoencoderKL | VQModel, images: np.ndarray, batch_size: int = 64) -> Tensor:
     """uint8 (N, H, W, 3) -> scaled latents (N, C, h, w) float16"""
     factor = vae.config.scaling_factor
     parts = [
-        (vae.encode(to_tensor(images[i : i + batch_size])).latent_dist.mean * factor).half()
+        (latents(vae, to_tensor(images[i : i + batch_size])) * factor).half().cpu()
         for i in range(0, len(images), batch_size)
     ]
     return torch.cat(parts).contiguous()
