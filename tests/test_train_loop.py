@@ -217,6 +217,7 @@ class Game(nn.Module):
         torch.manual_seed(0)
         self.first, self.second = nn.Linear(4, 1), nn.Linear(4, 1)
         self.seen: list[tuple[str, int]] = []
+        self.lr_scales: dict[str, float] = {}
 
     def parameters_of(self, turn: str) -> list[nn.Parameter]:
         return list(getattr(self, turn).parameters())
@@ -238,6 +239,14 @@ def test_turns_alternate_and_resume(tmp_path: Path) -> None:
         parts = Game()
         run(parts, draw, config(steps), tmp_path / "parts", silent)
     assert torch.equal(whole.second.weight, parts.second.weight)
+
+
+def test_a_turn_has_its_own_rate(tmp_path: Path) -> None:
+    game, start = Game(), Game()
+    game.lr_scales = {"second": 0.0}
+    run(game, draw, config(5, weight_decay=0.0), tmp_path, silent)
+    assert torch.equal(game.second.weight, start.second.weight)
+    assert not torch.equal(game.first.weight, start.first.weight)
 
 
 def test_groups_have_their_own_rate_and_nothing_is_forgotten(tmp_path: Path) -> None:

@@ -25,13 +25,15 @@ Parts = dict[str, float]
 
 
 class AdversarialConfig(BaseModel):
-    """The published VQ-f4 by default. The discriminator works from the step `disc_start` on."""
+    """The published VQ-f4 by default. The discriminator works from the step `disc_start` on, at
+    `disc_lr_scale` of the recipe's learning rate."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     perceptual_weight: float = Field(1.0, ge=0)
     gan_weight: float = Field(0.75, ge=0)
     disc_start: int = Field(0, ge=0)
+    disc_lr_scale: float = Field(1.0, gt=0)
     disc_width: int = Field(64, gt=0)
     disc_layers: int = Field(3, gt=0)
 
@@ -83,6 +85,7 @@ class AdversarialObjective(nn.Module):
         super().__init__()
         self.first_stage, self.config, self.perceptual = first_stage, config, perceptual
         self.discriminator = PatchDiscriminator(3, config.disc_width, config.disc_layers)
+        self.lr_scales = {"discriminator": config.disc_lr_scale}
         if perceptual is None and config.perceptual_weight:
             raise ValueError(
                 f"perceptual_weight is {config.perceptual_weight} without a perceptual loss: give "

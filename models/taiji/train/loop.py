@@ -36,7 +36,8 @@ def run(
     averaged metrics. What changes while training must be a parameter or a persistent buffer.
 
     An objective with `turns` is called once a turn, with `turn=name, step=i`; `parameters_of(turn)`
-    says what that turn's optimiser updates. The average is over the first turn's parameters. One
+    says what that turn's optimiser updates, `lr_scales[turn]` its factor on the learning rate. The
+    average is over the first turn's parameters. One
     with `parameter_groups()` has its own factor `lr_scale` on the learning rate of each group.
 
     Raises FloatingPointError when steps stay non-finite, naming the last good checkpoint, and

@@ -25,7 +25,8 @@ def parameter_groups(objective: nn.Module, turn: str) -> list[dict[str, Any]]:
         groups = [{"lr_scale": 1.0, **g, "params": list(g["params"])} for g in grouped()]
         reached = {id(p) for group in groups for p in group["params"]}
     elif split is not None:
-        groups = [{"params": list(split(turn)), "lr_scale": 1.0}]
+        scales: dict[str, float] = getattr(objective, "lr_scales", {})
+        groups = [{"params": list(split(turn)), "lr_scale": scales.get(turn, 1.0)}]
         reached = {id(p) for name in turns_of(objective) for p in split(name)}
     else:
         return [{"params": trainable, "lr_scale": 1.0}]
