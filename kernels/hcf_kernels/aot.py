@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import pkgutil
 import re
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import hcf_kernels.gpu
 
 ARCHITECTURES = (80, 90)
+TILE = re.compile(r"(?<=_)\d+x\d+")
 # mma.sync: HMMA, IMMA, QMMA; wgmma: HGMMA, IGMMA, QGMMA; cp.async: LDGSTS; TMA: UTMALDG, UTMASTG
 INSTRUCTION = re.compile(r"\b([HIQ]G?MMA|LDGSTS|UTMALDG|UTMASTG|LDSM)\b|\b(LDL|STL)\b")
 
@@ -69,6 +71,17 @@ def variants() -> Iterator[Variant]:
     for module in pkgutil.iter_modules(hcf_kernels.gpu.__path__):
         found = importlib.import_module(f"hcf_kernels.gpu.{module.name}")
         yield from getattr(found, "VARIANTS", ())
+
+
+def largest_tiles(found: Iterable[Variant]) -> list[Variant]:
+    """Of variants that differ by their tile alone (`..._128x256`) the largest, which holds most."""
+    kept: dict[str, tuple[int, Variant]] = {}
+    for variant in found:
+        sides = [int(side) for side in "x".join(TILE.findall(variant.name)).split("x") if side]
+        form, size = TILE.sub("", variant.name), math.prod(sides)
+        if form not in kept or kept[form][0] < size:
+            kept[form] = size, variant
+    return [variant for _, variant in kept.values()]
 
 
 def compile_variant(variant: Variant, arch: int) -> Compiled:
@@ -143,9 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hcf_kernels.aot", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", help="80, 90 (default: both)")
     parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--largest", action="store_true", help="of each form the largest tile")
     asked = parser.parse_args(arguments)
     wrong = 0
-    for variant in variants():
+    for variant in largest_tiles(variants()) if asked.largest else variants():
         if asked.only not in variant.name:
             continue
         for arch in variant.architectures:
