@@ -57,8 +57,8 @@ def test_the_gpu_suite_is_rehearsed_from_the_sources(tmp_path: Path) -> None:
 
 
 def test_the_shortened_selftest_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    """Six comparisons of each kind under a load; one error more than the full form's share."""
-    code = run("selftest", "--comparisons", 6, "--load", 2, "--budget-s", 60, "--allow", 1,
+    """Twelve comparisons of each kind under a load; one error more than the full form's share."""
+    code = run("selftest", "--comparisons", 12, "--load", 2, "--budget-s", 60, "--allow", 1,
                "--format", "json")  # fmt: skip
     tests = json.loads(capsys.readouterr().out.splitlines()[-1])["tests"]
     assert code == 0, tests
