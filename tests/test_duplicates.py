@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from taiji.data.captions import caption_columns
+from taiji.data.caption_filters import caption_columns
 from taiji.data.decontaminate import (
     EvaluationFilter,
     caption_keys,

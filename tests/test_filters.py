@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save_file
 
 from taiji.data import image_filters, shapes
-from taiji.data.captions import caption_columns, languages, normal_form
+from taiji.data.caption_filters import caption_columns, languages, normal_form
 from taiji.data.clip_filters import apply_head, clip_columns, features_of, load_clip
 from taiji.data.filter_config import ClipFilter, Filters, HeadFilter
 from taiji.data.filters import column_folders, run_filters

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from taiji.data.captions import normal_form, text_keys
+from taiji.data.caption_filters import normal_form, text_keys
 from taiji.data.duplicates import Hashes, hamming_pairs
 from taiji.data.image_filters import perceptual_hash, reduced
 from taiji.data.metadata import decode

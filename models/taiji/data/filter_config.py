@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from taiji.data.captions import CaptionFilter
+from taiji.data.caption_filters import CaptionFilter
 from taiji.data.decontaminate import EvaluationFilter
 from taiji.data.duplicates import DuplicateFilter
 from taiji.data.image_filters import ImageFilter

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from taiji.data.captions import caption_columns
+from taiji.data.caption_filters import caption_columns
 from taiji.data.decontaminate import (
     EvaluationFilter,
     caption_keys,

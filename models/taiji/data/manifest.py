@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from taiji.data.captions import normal_form
+from taiji.data.caption_filters import normal_form
 from taiji.data.domains import sampling_shares
 from taiji.data.metadata import file_hash, json_hash, part_paths, write_json, write_table
 from taiji.data.shards import Shard

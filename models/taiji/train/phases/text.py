@@ -13,23 +13,19 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from taiji.autoencoder.kl import encode_images
 from taiji.data import shapes
 from taiji.data.corpus import CorpusConfig
 from taiji.data.rule_judge import judge
 from taiji.pipelines import TaijiStableDiffusionPipeline
 from taiji.text import SandwichTextEncoder, TextFusion
 from taiji.text.captions import CaptionConfig, lengthen
-from taiji.text.conditioner import TextConditioner
-from taiji.train.loop import Log, run
+from taiji.train.loop import Log
 from taiji.train.phases.config import CorpusPhaseConfig
 from taiji.train.phases.unet import (
-    UNetObjective,
-    caption_draw,
-    checkpoint_activations,
+    make_objective,
     open_corpus,
+    run_on_captions,
     save_pipeline,
-    size_condition,
 )
 
 
@@ -128,22 +124,8 @@ def train(config: Config, log: Log) -> dict[str, float]:
     corpus = open_corpus(config, config.captions.min_chinese, log)
     pipe = TaijiStableDiffusionPipeline.from_pretrained(config.base or config.model)
     pipe.text_encoder, pipe.fusion = new_text(config, pipe)
-    objective = UNetObjective(
-        pipe.unet,
-        TextConditioner(pipe.image_clip, pipe.text_encoder, pipe.fusion),
-        pipe.scheduler,
-        size_condition(config.data.size),
-        gamma=config.min_snr_gamma,
-        captions=config.captions,
-        high_noise_share=config.high_noise_share,
-        train_unet=False,
-    )
-    latents = encode_images(pipe.vae, corpus.images)
-    draw = caption_draw(
-        corpus, latents, pipe.tokenizer, pipe.fusion, config.emoji_share, config.captions, log
-    )
-    loop = checkpoint_activations(pipe, config.loop)
-    metrics = run(objective, draw, loop, config.work, log)
+    objective = make_objective(pipe, config, train_unet=False)
+    metrics = run_on_captions(objective, pipe, corpus, config, log)
     if config.judged:
         for long in (False, True) if config.captions.long_share else (False,):
             metrics |= judge_scenes(pipe, config.data, config, long=long)

@@ -235,7 +235,23 @@ def train(config: Config, log: Log) -> dict[str, float]:
         pipe = new_pipeline(config)
     else:
         pipe = TaijiStableDiffusionPipeline.from_pretrained(config.model)
-    objective = UNetObjective(
+    objective = make_objective(
+        pipe,
+        config,
+        train_text=config.train_text,
+        encoder_lr_scale=config.encoder_lr_scale,
+        encoder_layer_decay=config.encoder_layer_decay,
+    )
+    metrics = run_on_captions(objective, pipe, corpus, config, log)
+    save_pipeline(pipe, config.model)
+    return metrics
+
+
+def make_objective(
+    pipe: TaijiStableDiffusionPipeline, config: Any, **trained: Any
+) -> UNetObjective:
+    """The pipeline's parts by a recipe of this phase or of `text`; `trained`: which of them."""
+    return UNetObjective(
         pipe.unet,
         TextConditioner(pipe.image_clip, pipe.text_encoder, pipe.fusion),
         pipe.scheduler,
@@ -243,18 +259,24 @@ def train(config: Config, log: Log) -> dict[str, float]:
         gamma=config.min_snr_gamma,
         captions=config.captions,
         high_noise_share=config.high_noise_share,
-        train_text=config.train_text,
-        encoder_lr_scale=config.encoder_lr_scale,
-        encoder_layer_decay=config.encoder_layer_decay,
+        **trained,
     )
+
+
+def run_on_captions(
+    objective: UNetObjective,
+    pipe: TaijiStableDiffusionPipeline,
+    corpus: Corpus,
+    config: Any,
+    log: Log,
+) -> dict[str, float]:
+    """The loop over the corpus's latents and captions, drawn as the recipe says."""
     latents = encode_images(pipe.vae, corpus.images)
     draw = caption_draw(
         corpus, latents, pipe.tokenizer, pipe.fusion, config.emoji_share, config.captions, log
     )
     loop = checkpoint_activations(pipe, config.loop)
-    metrics = run(objective, draw, loop, config.work, log)
-    save_pipeline(pipe, config.model)
-    return metrics
+    return run(objective, draw, loop, config.work, log)
 
 
 def save_pipeline(pipe: TaijiStableDiffusionPipeline, folder: Path) -> None:
