@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from taiji.data.manifest import MANIFEST, make_manifest, read_manifest, write_ma
 from taiji.data.metadata import file_hash, read_bytes
 from taiji.data.reader import open_reader, stream
 from taiji.data.shards import Shard, write_shards
-from taiji.data.sources import ShapesSource, TableSource, TarSource, ingest
+from taiji.data.sources import ShapesSource, TableSource, TarSource, ingest, ingest_tar
 from taiji.data.tar import END, members, tar_bytes
 
 ROWS = 90
@@ -203,3 +205,16 @@ def test_an_index_is_of_the_tar_beside_it(data_set: Path) -> None:
         table = pq.read_table(path.with_suffix(".parquet"))
         assert len(table) == shard.samples
         assert table["offset"][0].as_py() == 0
+
+
+def test_a_pair_with_damaged_metadata_has_no_caption(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for name, data in {
+            "a.txt": "一只猫", "a.json": '{"width": 3}', "b.txt": "一只狗", "b.json": '{"width',
+        }.items():  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.size = len(data.encode())
+            archive.addfile(member, io.BytesIO(data.encode()))
+    assert ingest_tar((tmp_path / "in.tar", tmp_path / "out.parquet")) == ""
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [(row["caption"], row["width"]) for row in rows] == [("一只猫", 3), (None, None)]

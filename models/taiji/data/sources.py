@@ -245,9 +245,11 @@ def _tar_row(path: Path, key: str, found: dict[str, Member]) -> dict[str, Any]:
     try:
         about = json.loads(text.get("json", "{}"))
     except json.JSONDecodeError:
-        about = {}
-    about = about if isinstance(about, dict) else {}
-    caption = text.get("txt", about.get("caption"))
+        about = None
+    if isinstance(about, dict):
+        caption = text.get("txt", about.get("caption"))
+    else:  # damaged: as a pair without a caption it is counted, rejected and listed
+        about, caption = {}, None
     row = {name: about.get(name) for name in ("url", "language", "domain", "width", "height")}
     return {
         **row,
