@@ -29,6 +29,12 @@ def distill(
     output: OutputOption,
     recipe: RecipeOption = None,
     set: SetOption = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="consistency, progressive, guidance, trajectory or distribution_matching."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the student.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Folded into the student.")] = None,
     train_steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
@@ -41,6 +47,7 @@ def distill(
     from hcf.settings import DistillConfig
 
     options = {
+        "method": method,
         "steps": steps,
         "guidance_scale": guidance_scale,
         "train_steps": train_steps,
@@ -49,7 +56,7 @@ def distill(
     config = stage_config(DistillConfig, "distill", recipe, set or (), **options)
     if dry_run:
         return planned(format, "distill", config, {"model": model, "output": output})
-    from hcf.distill.consistency import distill as work
+    from hcf.distill.trainer import distill as work
 
     _wrote(format, work(model, output, config, make_log(format)))
 

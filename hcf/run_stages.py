@@ -37,9 +37,10 @@ INVALID, FASTER = "INVALID", "FASTER"
 
 
 def run_distill(folder: Path, inputs: Inputs, config: DistillConfig, log: Log) -> None:
-    from hcf.distill.consistency import distill
+    from hcf.distill.trainer import distill
 
-    distill(_only(inputs), folder / ARTIFACT, config, log)
+    # beside the stage's folder, which does not outlive a killed run
+    distill(_only(inputs), folder / ARTIFACT, config, log, work=folder.parent / "distill")
 
 
 def run_sensitivity(folder: Path, inputs: Inputs, config: SensitivityConfig, log: Log) -> None:

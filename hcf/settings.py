@@ -30,28 +30,6 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DistillConfig(Config):
-    """Teacher into a student of `steps` steps, its guidance scale folded in.
-
-    `solver_steps` is the teacher's grid, cut into `steps` phases; the teacher goes `skip` of its
-    points per target; `precision` is that of training.
-    """
-
-    method: Literal["consistency"] = "consistency"
-    steps: int = Field(4, gt=0)
-    guidance_scale: float = Field(3.0, ge=1)
-    solver_steps: int = Field(48, gt=0)
-    skip: int = Field(1, gt=0)
-    train_steps: int = Field(1000, gt=0)
-    batch_size: int = Field(64, gt=0)
-    learning_rate: float = Field(2e-4, gt=0)
-    warmup_steps: int = Field(50, ge=0)
-    ema_decay: float = Field(0.99, ge=0, lt=1)
-    huber_c: float = Field(1e-3, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = 0
-
-
 class ExcludeRule(Config):
     """Layers matching `pattern` stay in floating point (`exclude: false` takes them back in)."""
 
@@ -306,6 +284,117 @@ class Threshold(Config):
     def _bounds_something(self) -> Threshold:
         if not self.model_fields_set:
             raise ValueError("a threshold needs one of min, max, ratio_min, ratio_max, drop_max")
+        return self
+
+
+class GuidanceEmbedding(Config):
+    """The student is told its guidance scale, of `low` to `high`, by an embedding of `width`."""
+
+    low: float = Field(1.0, ge=1)
+    high: float = Field(8.0, ge=1)
+    width: int = Field(256, gt=0, multiple_of=2)
+
+
+class StudentConfig(Config):
+    """All weights of the student are trained, or LoRA matrices of `rank` that are merged on save.
+
+    `targets` are the ends of layer names; the default is every convolution and projection.
+    """
+
+    kind: Literal["full", "lora"] = "full"
+    rank: int = Field(64, gt=0)
+    targets: tuple[str, ...] = (
+        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+        "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
+        "time_emb_proj",
+    )  # fmt: skip
+
+
+class ConsistencyConfig(Config):
+    """The teacher goes `skip` points of the solver's grid per target."""
+
+    skip: int = Field(1, gt=0)
+    huber_c: float = Field(1e-3, gt=0)
+
+
+class ProgressiveConfig(Config):
+    """The first of `halvings` stages has steps * 2^halvings teacher steps."""
+
+    halvings: int = Field(3, gt=0)
+
+
+class TrajectoryConfig(Config):
+    """`count` trajectories of the teacher, from noise and captions alone, kept and used again."""
+
+    count: int = Field(2048, gt=0)
+    huber_c: float = Field(1e-3, gt=0)
+
+
+class DistributionMatchingConfig(Config):
+    """`fake_updates` of the fake score per one of the student, at `fake_lr_scale` of its rate.
+
+    `gan_weight` 0 needs no images. `sampler`: steps along the ODE, or to clean and noised again.
+    """
+
+    fake_updates: int = Field(5, gt=0)
+    fake_lr_scale: float = Field(1.0, gt=0)
+    gan_weight: float = Field(1e-3, ge=0)
+    sampler: Literal["ddim", "lcm"] = "ddim"
+    low: float = Field(0.02, ge=0, lt=1)
+    high: float = Field(0.98, gt=0, le=1)
+
+
+class ProbeConfig(Config):
+    """Every `every` steps: a grid of `prompts` images, and with `thresholds` a check of `images`
+    against the teacher that ends the training where it passes."""
+
+    every: int = Field(gt=0)
+    prompts: int = Field(8, gt=0)
+    images: int = Field(64, gt=0)
+    thresholds: dict[str, Threshold] = {}
+
+
+class DistillConfig(Config):
+    """Teacher into a student of `steps` steps, its guidance folded in or told.
+
+    The teacher's ODE has `solver_steps` points, cut into `steps` phases. `data` is a folder of
+    latents and captions, the model's own hcf_data where not given. `precision` is that of training.
+    The section of another method than `method` is refused.
+    """
+
+    method: Literal[
+        "consistency", "progressive", "guidance", "trajectory", "distribution_matching"
+    ] = "consistency"
+    steps: int = Field(4, gt=0)
+    guidance_scale: float = Field(3.0, ge=1)
+    guidance_embedding: GuidanceEmbedding | None = None
+    solver_steps: int = Field(48, gt=0)
+    student: StudentConfig = StudentConfig()
+    consistency: ConsistencyConfig | None = None
+    progressive: ProgressiveConfig | None = None
+    trajectory: TrajectoryConfig | None = None
+    distribution_matching: DistributionMatchingConfig | None = None
+    data: Path | None = None
+    train_steps: int = Field(1000, gt=0)
+    batch_size: int = Field(64, gt=0)
+    micro_batches: int = Field(1, gt=0)
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    decay_share: float = Field(0.5, ge=0, le=1)
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    checkpoint_every: int = Field(500, gt=0)
+    probe: ProbeConfig | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _own_section(self) -> DistillConfig:
+        sections = ("consistency", "progressive", "trajectory", "distribution_matching")
+        foreign = [n for n in sections if n != self.method and getattr(self, n) is not None]
+        if foreign:
+            raise ValueError(f"{foreign[0]}: is for method={foreign[0]}, not {self.method}")
         return self
 
 

@@ -7,6 +7,7 @@ B batch, C channels, H W.
 from typing import Literal
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 ThresholdRule = Literal["none", "static", "dynamic"]
@@ -66,3 +67,12 @@ def threshold(
     if rule == "none":
         return x_0
     return static_threshold(x_0) if rule == "static" else dynamic_threshold(x_0, quantile, cap)
+
+
+def guidance_embedding(guidance_scale: Tensor, width: int) -> Tensor:
+    """guidance_scale (B,) -> (B, width): what a U-Net with `time_cond_proj_dim` is told of it
+
+    Sinusoids of 1000 (w - 1), as diffusers' pipelines embed it for students whose guidance was
+    distilled.
+    """
+    return get_timestep_embedding(1000 * (guidance_scale - 1), width, downscale_freq_shift=1)

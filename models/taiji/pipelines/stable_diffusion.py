@@ -19,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import ChineseCLIPModel, PreTrainedTokenizerFast
 
+from taiji.diffusion.guidance import guidance_embedding
 from taiji.text.conditioner import TextConditioner
 from taiji.text.fusion import TextFusion
 from taiji.text.sandwich import SandwichTextEncoder
@@ -106,9 +107,10 @@ class TaijiStableDiffusionPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Images of `prompt` (B texts), n each, in prompt order: B*n images of height x width.
 
-        `guidance_scale` 1 is the conditional branch alone. `latents` (B*n, C, h, w) replaces the
-        initial noise. `output_type`: "pil", "np" (B*n, H, W, 3) and "pt" (B*n, 3, H, W) in [0, 1],
-        or "latent". Raises ValueError for sizes the first stage and U-Net cannot take.
+        `guidance_scale` 1 is the conditional branch alone; a U-Net with `time_cond_proj_dim` is
+        told the scale instead. `latents` (B*n, C, h, w) replaces the initial noise. `output_type`:
+        "pil", "np" (B*n, H, W, 3) and "pt" (B*n, 3, H, W) in [0, 1], or "latent". Raises
+        ValueError for sizes the first stage and U-Net cannot take.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
@@ -116,7 +118,9 @@ class TaijiStableDiffusionPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size * self.vae_scale_factor
         height, width = height or size, width or size
         self.check_inputs(prompts, height, width, steps)
-        device, guided = self._execution_device, scale != 1.0
+        # a student that is told its guidance scale needs no second branch
+        told = self.unet.config.time_cond_proj_dim
+        device, guided = self._execution_device, scale != 1.0 and told is None
 
         negative = negative_prompt or ""
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
@@ -129,6 +133,10 @@ class TaijiStableDiffusionPipeline(DiffusionPipeline):
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device)
         time_ids = time_ids.to(pooled.dtype).expand(len(pooled), -1)
         condition = {"text_embeds": pooled, "time_ids": time_ids}
+        timestep_cond = None
+        if told is not None:
+            scales = torch.full((len(pooled),), float(scale), device=device)
+            timestep_cond = guidance_embedding(scales, told).to(pooled.dtype)
 
         count = len(prompts) * num_images_per_prompt
         shape = (
@@ -157,6 +165,7 @@ class TaijiStableDiffusionPipeline(DiffusionPipeline):
                     x_t,
                     timestep,
                     encoder_hidden_states=context,
+                    timestep_cond=timestep_cond,
                     added_cond_kwargs=condition,
                     return_dict=False,
                 )[0]

@@ -7,6 +7,8 @@ finite is skipped; a row of them takes the run back to its last checkpoint, with
 
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,22 @@ from taiji.train.throughput import describe_speed, peak_flops
 STRAGGLING = 0.1  # share of the time that one process waits for data, from which it is named
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A look at the averaged weights every `every` steps; `look(step)` returns True to end the run
+    there. Every process looks, and all must see the same."""
+
+    every: int
+    look: Callable[[int], bool]
+
+
 def run(
-    objective: nn.Module, draw: Draw, config: LoopConfig, folder: Path, log: Log = print
+    objective: nn.Module,
+    draw: Draw,
+    config: LoopConfig,
+    folder: Path,
+    log: Log = print,
+    probe: Probe | None = None,
 ) -> dict[str, float]:
     """Minimises `objective(**batch, generator=g) -> (loss, parts)`; leaves EMA weights in it.
 
@@ -36,9 +52,10 @@ def run(
     averaged metrics. What changes while training must be a parameter or a persistent buffer.
 
     An objective with `turns` is called once a turn, with `turn=name, step=i`; `parameters_of(turn)`
-    says what that turn's optimiser updates, `lr_scales[turn]` its factor on the learning rate. The
-    average is over the first turn's parameters. One
-    with `parameter_groups()` has its own factor `lr_scale` on the learning rate of each group.
+    says what that turn's optimiser updates, `lr_scales[turn]` its factor on the learning rate,
+    `turn_periods[turn]` in which steps it is taken (every n-th). The average is over the first
+    turn's parameters. One with `parameter_groups()` has its own factor `lr_scale` on the learning
+    rate of each group.
 
     Raises FloatingPointError when steps stay non-finite, naming the last good checkpoint, and
     ValueError when the checkpoint in `folder` is of another recipe or model.
@@ -62,7 +79,20 @@ def run(
         due = progress.step % config.checkpoint_every == 0 and streak == 0
         if due or progress.step == config.steps:
             save(session)
+        if probe and progress.step % probe.every == 0 and _look(session, probe):
+            log(f"ended at step {progress.step} of {config.steps}")
+            break
     return _close(session, objective)
+
+
+def _look(session: Session, probe: Probe) -> bool:
+    """The probe's word on the averaged weights, which are in the model meanwhile."""
+    session.ema.store(session.averaged)
+    session.ema.copy_to(session.averaged)
+    try:
+        return probe.look(session.progress.step)
+    finally:
+        session.ema.restore(session.averaged)
 
 
 def _report(session: Session) -> None:

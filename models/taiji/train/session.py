@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from taiji.train.objective import enable_gradient_checkpointing, parameter_groups, turns_of
 from taiji.train.parallel import make_accelerator, shard
@@ -54,7 +54,7 @@ class Session:
     turns: tuple[str, ...]
     model: nn.Module
     module: nn.Module
-    optimizers: list[AdamW]
+    optimizers: list[Optimizer]
     averaged: list[nn.Parameter]  # what the EMA is over
     ema: EMAModel
     meter: Meter
@@ -128,14 +128,24 @@ def open_session(
     )
 
 
-def _optimizer(objective: nn.Module, turn: str, config: LoopConfig) -> AdamW:
-    return AdamW(
-        parameter_groups(objective, turn),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=True,
-        betas=(0.9, 0.99),
-    )
+def _optimizer(objective: nn.Module, turn: str, config: LoopConfig) -> Optimizer:
+    """Raises ImportError where the 8-bit form's package is missing."""
+    groups = parameter_groups(objective, turn)
+    given: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "betas": (0.9, 0.99),
+    }
+    if config.optimizer == "adamw":
+        return AdamW(groups, fused=True, **given)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError(
+            "optimizer=adamw8bit needs torchao: pip install torchao, or use optimizer=adamw"
+        ) from error
+    eight_bit: Optimizer = AdamW8bit(groups, **given)
+    return eight_bit
 
 
 def trained_by(module: nn.Module, turn: str) -> list[nn.Parameter]:

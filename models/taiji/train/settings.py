@@ -29,6 +29,7 @@ class LoopConfig(BaseModel):
     ema_decay: float = Field(0.999, ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     seed: int = 0
     parallel: ParallelConfig = ParallelConfig()
     log_every: int = Field(50, gt=0)

@@ -20,7 +20,10 @@ def take_step(session: Session) -> bool:
     pieces = _draw_pieces(session, step)
     session.counter = FlopCounter() if session.meter.flops_per_sample is None else None
     values: dict[str, list[float]] = {}
+    periods: dict[str, int] = getattr(session.module, "turn_periods", {})
     for turn, optimizer in zip(session.turns, session.optimizers, strict=True):
+        if step % periods.get(turn, 1):
+            continue
         for group in optimizer.param_groups:
             scale = learning_rate_scale(step, config) * group["lr_scale"]
             group["lr"] = config.learning_rate * scale
