@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from hcf.artifact import Sampling, check_model_folder
-from hcf.distill.consistency import read_distillation_set
+from hcf.distill.data import FOLDER, read_captions, read_latents
 from hcf.quality.clip_score import ClipZh
 from hcf.quality.rules import rule_accuracy
 from hcf.quality.sampling import generate_images, load_prompts
@@ -24,7 +24,8 @@ def test_it_is_small_and_without_pickles() -> None:
 
 
 def test_its_data_fits_it() -> None:
-    latents, row, captions = read_distillation_set(MODEL)
+    captions = read_captions(MODEL / FOLDER)
+    latents, row = read_latents(MODEL / FOLDER, captions)
     assert latents.shape[1:] == (8, 16, 16) and len(row) == len(captions)
     prompts = load_prompts(MODEL / "hcf_data" / "check_prompts.json")
     assert {prompt.kind for prompt in prompts} == {"emoji", "shapes"}

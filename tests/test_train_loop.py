@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from taiji.train import checkpoint as checkpoint_module
-from taiji.train.loop import LoopConfig, learning_rate_scale, run
+from taiji.train.loop import LoopConfig, Probe, learning_rate_scale, run
 from taiji.train.objective import parameter_groups
 from taiji.train.stability import SpikeDetector
 from taiji.train.throughput import FlopCounter
@@ -218,6 +218,7 @@ class Game(nn.Module):
         self.first, self.second = nn.Linear(4, 1), nn.Linear(4, 1)
         self.seen: list[tuple[str, int]] = []
         self.lr_scales: dict[str, float] = {}
+        self.turn_periods: dict[str, int] = {}
 
     def parameters_of(self, turn: str) -> list[nn.Parameter]:
         return list(getattr(self, turn).parameters())
@@ -247,6 +248,30 @@ def test_a_turn_has_its_own_rate(tmp_path: Path) -> None:
     run(game, draw, config(5, weight_decay=0.0), tmp_path, silent)
     assert torch.equal(game.second.weight, start.second.weight)
     assert not torch.equal(game.first.weight, start.first.weight)
+
+
+def test_a_turn_may_be_taken_in_some_steps_alone(tmp_path: Path) -> None:
+    game = Game()
+    game.turn_periods = {"first": 3}
+    run(game, draw, config(7), tmp_path, silent)
+    assert [step for turn, step in game.seen if turn == "first"] == [0, 3, 6]
+    assert [step for turn, step in game.seen if turn == "second"] == list(range(7))
+
+
+def test_a_probe_sees_the_average_and_may_end_the_run(tmp_path: Path) -> None:
+    watched, plain = Regression(), Regression()
+    seen: list[Tensor] = []
+
+    def look(step: int) -> bool:
+        seen.append(watched.layer.weight.detach().clone())
+        return step == 40
+
+    run(watched, draw, config(60), tmp_path / "a", silent, Probe(20, look))
+    run(plain, draw, config(40), tmp_path / "b", silent)
+    assert len(seen) == 2
+    # looking changes nothing, and what it saw last is what the run leaves
+    assert torch.equal(watched.layer.weight, plain.layer.weight)
+    assert torch.equal(seen[1], plain.layer.weight)
 
 
 def test_groups_have_their_own_rate_and_nothing_is_forgotten(tmp_path: Path) -> None:
