@@ -315,7 +315,10 @@ def check_model_folder(path: Path) -> None:
         )
     try:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        parts = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]]
+        parts = [
+            k for k, v in index.items()
+            if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)
+        ]  # fmt: skip
     except (ValueError, AttributeError) as error:
         raise InvalidArtifact(
             f"{path / INDEX} is damaged: {error}", "save the pipeline again"

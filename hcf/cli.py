@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from hcf import cli_bench, cli_data, cli_dataset, cli_measure, cli_stages, cli_suite
+from hcf import cli_bench, cli_data, cli_dataset, cli_measure, cli_stages, cli_suite, cli_sweep
 from hcf.artifact import is_disk_full
 from hcf.errors import HcfError, InvalidArtifact, StorageError
 from hcf.terminal import (
@@ -144,6 +144,7 @@ for verb in (
     cli_stages.build,
 ):
     app.command()(verb)
+app.command()(cli_sweep.sweep)
 app.command()(cli_measure.check)
 app.command()(cli_measure.decoder)
 for timed in (

@@ -32,7 +32,8 @@ def distill(
     method: Annotated[
         str | None,
         typer.Option(
-            help="consistency, progressive, guidance, trajectory or distribution_matching."
+            help="consistency (lcm, pcm), progressive, guidance, trajectory, "
+            "distribution_matching (dmd2), structure (bk-sdm) or decoder (taesd)."
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Of the student.")] = None,
@@ -42,7 +43,7 @@ def distill(
     dry_run: DryRunOption = False,
     format: FormatOption = Format.human,
 ) -> None:
-    """Distil a guided many-step teacher into a few-step student."""
+    """Distil a guided many-step teacher into a few-step or smaller student."""
     from hcf.recipe import stage_config
     from hcf.settings import DistillConfig
 
@@ -55,7 +56,10 @@ def distill(
     }
     config = stage_config(DistillConfig, "distill", recipe, set or (), **options)
     if dry_run:
-        return planned(format, "distill", config, {"model": model, "output": output})
+        from hcf.distill.estimate import forecast
+
+        paths = {"model": model, "output": output}
+        return planned(format, "distill", config, paths, forecast(model, config))
     from hcf.distill.trainer import distill as work
 
     _wrote(format, work(model, output, config, make_log(format)))

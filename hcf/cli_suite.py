@@ -224,6 +224,11 @@ def training(
     batch: Annotated[int, typer.Option(min=1)] = 16,
     pieces: Annotated[int, typer.Option(min=1, help="Of a batch, with --measure.")] = 1,
     recompute: Annotated[bool, typer.Option(help="Activations, with --measure.")] = False,
+    distill: Annotated[
+        list[str] | None, typer.Option(help="Method, with --measure: img/s of its steps.")
+    ] = None,
+    student: Annotated[str, typer.Option(help="full or lora, with --distill.")] = "full",
+    optimizer: Annotated[str, typer.Option(help="adamw or adamw8bit, with --distill.")] = "adamw",
     dtype: Annotated[str, typer.Option("--dtype", help="fp32 or bf16.")] = "fp32",
     budget_s: Annotated[float, typer.Option("--budget", help="Seconds of pairs.")] = 120.0,
     threads: ThreadsOption = None,
@@ -240,7 +245,8 @@ def training(
     try:
         config = TrainingConfig(
             presets=preset or ["MINI"], measure=measure, batch=batch, pieces=pieces, dtype=dtype,
-            recompute=recompute, budget_s=budget_s, threads=threads,
+            recompute=recompute, budget_s=budget_s, threads=threads, distill=distill or [],
+            student=student, optimizer=optimizer,
         )  # fmt: skip
         record, lines = run_training(config, command_line(), log)
     except ValueError as error:

@@ -77,7 +77,7 @@ def _inspect_folder(path: Path) -> Inspection:
     index = json.loads((path / INDEX).read_text(encoding="utf-8"))
     rows, components = [], {}
     for name, value in index.items():
-        if not (isinstance(value, list) and len(value) == 2 and value[1]):
+        if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], str)):
             continue
         count, size, kinds = _weights_of(path / name)
         components[name] = {"class": value[1], "parameters": count, "bytes": size, "dtypes": kinds}

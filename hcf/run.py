@@ -27,6 +27,7 @@ from hcf.artifact import (
     clone_artifact,
     content_hash,
     environment,
+    hash_file,
     hash_files,
     read_manifest,
     refuse_foreign,
@@ -52,7 +53,14 @@ LADDER = "ladder.json"
 LOADING = ("hcf/load.py", "hcf/routing.py", "hcf/decode", "hcf/feature_cache")
 # Whose change makes a stage's earlier result stale.
 SOURCES: Mapping[str, tuple[str, ...]] = {
-    "distill": ("hcf/distill", "hcf/trace.py", "taiji/train", "taiji/diffusion"),
+    "distill": (
+        "hcf/distill",
+        "hcf/decode",
+        "hcf/trace.py",
+        "taiji/train",
+        "taiji/diffusion",
+        "taiji/autoencoder",
+    ),
     "sensitivity": ("hcf/quantize", "hcf/export", "hcf/engines", "hcf/trace.py"),
     "quantize": ("hcf/quantize", "hcf/trace.py"),
     "export": ("hcf/export", "hcf/quantize", "hcf/trace.py"),
@@ -212,7 +220,7 @@ def _run_steps(
     recipe: Recipe, steps: list[Step], work: Path, stages: Mapping[str, Stage], log: Log
 ) -> RunResult:
     places: dict[str, Path] = {"model": recipe.model}
-    hashes: dict[str, str] = {"model": _input_hash(recipe.model)}
+    hashes: dict[str, str] = {"model": input_hash(recipe.model)}
     results: list[StepResult] = []
     failed: list[str] = []
     for step in steps:
@@ -222,18 +230,18 @@ def _run_steps(
         inputs = {name: places[name] for name in step.inputs if name in places}
         key = step_key(step, {name: hashes[name] for name in inputs})
         folder = work / f"{step.label}-{key[:12]}"
-        reused = _is_finished(folder)
+        reused = is_finished(folder)
         started = time.monotonic()
         if reused:
             log(f"[{step.number}/{len(steps)}] {step.name}: finished before, used again")
         else:
             log(f"[{step.number}/{len(steps)}] {step.name}: started")
-            _run_step(recipe.name, step, folder, inputs, stages[step.stage], log)
+            run_step(recipe.name, step, folder, inputs, stages[step.stage], log)
         seconds = time.monotonic() - started
         if not reused:
             log(f"[{step.number}/{len(steps)}] {step.name}: done in {seconds:.1f} s")
         places[step.name] = folder / ARTIFACT if step.makes_artifact else folder
-        hashes[step.name] = _input_hash(places[step.name])
+        hashes[step.name] = input_hash(places[step.name])
         results.append(StepResult(step, folder, reused, seconds))
         failed += _failures(folder)
     _remove_stale(work, results)
@@ -251,7 +259,8 @@ def _run_steps(
     return RunResult(recipe.output, tuple(results), report)
 
 
-def _run_step(run: str, step: Step, folder: Path, inputs: Inputs, stage: Stage, log: Log) -> None:
+def run_step(run: str, step: Step, folder: Path, inputs: Inputs, stage: Stage, log: Log) -> None:
+    """Lets `stage` fill `folder`, which gets its name when it is whole."""
     started = time.monotonic()
     with staged_folder(folder) as temporary:
         stage(temporary, inputs, step.config, log)
@@ -292,15 +301,15 @@ def _config_files(config: Config) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in config:
         if isinstance(value, Path):
-            if not value.is_file():
+            if not value.exists():
                 raise RecipeError(
-                    f"{name}: no file at {value}", "paths are relative to this folder"
+                    f"{name}: nothing at {value}", "paths are relative to this folder"
                 )
-            found[name] = hashlib.sha256(value.read_bytes()).hexdigest()
+            found[name] = content_hash(value) if value.is_dir() else hash_file(value)
     return found
 
 
-def _input_hash(path: Path) -> str:
+def input_hash(path: Path) -> str:
     """Content, and the manifest without what differs between two equal runs."""
     files = content_hash(path)
     if not (path / MANIFEST).is_file():
@@ -311,7 +320,7 @@ def _input_hash(path: Path) -> str:
     return hashlib.sha256((files + manifest).encode()).hexdigest()
 
 
-def _is_finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     """Whether `folder` holds a result that is complete and as its stage left it."""
     try:
         record = json.loads((folder / DONE).read_text(encoding="utf-8"))
@@ -376,7 +385,7 @@ def _remove_stale(work: Path, results: list[StepResult]) -> None:
 def _show_plan(recipe: Recipe, steps: list[Step], work: Path, log: Log) -> RunResult:
     """Logs what would be done. A step after one that must run has inputs not known yet."""
     places: dict[str, Path] = {"model": recipe.model}
-    hashes = {"model": _input_hash(recipe.model)}
+    hashes = {"model": input_hash(recipe.model)}
     results: list[StepResult] = []
     for step in steps:
         folder, reused = work / f"{step.label}-?", False
@@ -384,10 +393,10 @@ def _show_plan(recipe: Recipe, steps: list[Step], work: Path, log: Log) -> RunRe
             folder = (
                 work / f"{step.label}-{step_key(step, {n: hashes[n] for n in step.inputs})[:12]}"
             )
-            reused = _is_finished(folder)
+            reused = is_finished(folder)
         if reused:
             places[step.name] = folder / ARTIFACT if step.makes_artifact else folder
-            hashes[step.name] = _input_hash(places[step.name])
+            hashes[step.name] = input_hash(places[step.name])
         reads = ", ".join(step.inputs)
         log(f"{step.number}. {step.name}: {'reused' if reused else 'would run'} (reads {reads})")
         results.append(StepResult(step, folder, reused, 0.0))

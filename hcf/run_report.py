@@ -155,7 +155,7 @@ def _rungs(
         rungs.append(
             Rung(
                 name=role,
-                steps=manifest.sampling.steps or _default_steps(path),
+                steps=manifest.sampling.steps or default_steps(path),
                 engine=entry.engine if entry else "eager",
                 precision=entry.precision if entry else "fp32",
                 latency_ms=(side.get("latency") or {}).get("p50_ms"),
@@ -171,7 +171,7 @@ def _rungs(
     return rungs
 
 
-def _default_steps(path: Path) -> int:
+def default_steps(path: Path) -> int:
     """Steps of a pipeline folder that states none: its class's default."""
     import inspect
 

@@ -272,7 +272,10 @@ def _parts(folder: Path) -> list[str]:
     """Names of the components that the pipeline in `folder` has."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]]
+        return [
+            k for k, v in index.items()
+            if isinstance(v, list) and len(v) == 2 and isinstance(v[1], str)
+        ]  # fmt: skip
     except (OSError, ValueError, AttributeError) as error:
         raise InvalidArtifact(f"{folder / INDEX}: {error}", "copy the whole model") from error
 

@@ -70,12 +70,17 @@ def finish(format: Format, text: str, data: dict[str, Any]) -> None:
     print(json.dumps(data, ensure_ascii=False) if format is Format.json else text, flush=True)
 
 
-def planned(format: Format, verb: str, config: Any, paths: dict[str, Path]) -> None:
-    """What `--dry-run` of a single command says: its settings, and that nothing was written."""
+def planned(
+    format: Format, verb: str, config: Any, paths: dict[str, Path], found: Any = None
+) -> None:
+    """What `--dry-run` of a single command says: its settings, what was found out beside them, and
+    that nothing was written."""
     tree = config.model_dump(mode="json", exclude_none=True)
     where = ", ".join(f"{name} {path}" for name, path in paths.items())
-    lines = [f"would {verb}: {where}", *(f"  {key}: {value}" for key, value in tree.items())]
-    finish(format, "\n".join(lines), {"dry_run": True, "command": verb, "config": tree})
+    shown = {**tree, **(found or {})}
+    lines = [f"would {verb}: {where}", *(f"  {key}: {value}" for key, value in shown.items())]
+    data = {"dry_run": True, "command": verb, "config": tree, **(found or {})}
+    finish(format, "\n".join(lines), data)
 
 
 def parse_shapes(option: str, texts: Sequence[str] | None) -> dict[str, list[int]]:

@@ -27,6 +27,7 @@ NESTED = "added_cond_kwargs"  # the one nested argument of diffusers U-Nets; fla
 LISTED = ("down_block_additional_residuals", "down_intrablock_additional_residuals")
 AFTER = ("conditioning_scale", "guess_mode")  # a ControlNet only scales its outputs by these
 IP_ADAPTER = "image_embeds"
+CONCATENATED = "concatenated"  # image (B, C', H, W) behind the sample's channels: super-resolution
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,13 @@ def conditioning(
 def call_denoiser(
     denoiser: nn.Module, sample: Tensor, timestep: Tensor, kwargs: Mapping[str, Tensor]
 ) -> Tensor:
-    """sample (B, C, H, W), timestep (B,), flat kwargs -> prediction (B, C, H, W)."""
+    """sample (B, C, H, W), timestep (B,), flat kwargs -> prediction (B, C, H, W).
+
+    What `kwargs` has as "concatenated" goes behind the sample's channels.
+    """
+    if CONCATENATED in kwargs:
+        kwargs = dict(kwargs)
+        sample = torch.cat([sample, kwargs.pop(CONCATENATED).to(sample.dtype)], dim=1)
     return call_flat(denoiser, sample, timestep, kwargs)[0]
 
 
@@ -217,7 +224,8 @@ def own_size(pipe: Any) -> int:
     """Edge of the images a pipeline makes when it is not told a size, in pixels."""
     config = getattr(pipe, denoiser_name(pipe)).config
     size = getattr(config, "sample_size", None) or pipe.default_sample_size
-    return int(size if isinstance(size, int) else max(size)) * int(pipe.vae_scale_factor)
+    factor = int(getattr(pipe, "vae_scale_factor", 1))  # an upscaler without one takes any size
+    return int(size if isinstance(size, int) else max(size)) * factor
 
 
 def _blobs(count: int, height: int, width: int, seed: int) -> Tensor:

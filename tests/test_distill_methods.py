@@ -241,7 +241,7 @@ def test_backward_simulation_is_the_sampling_of_the_saved_pipeline(
 ) -> None:
     """The last of the student's steps in training makes what the pipeline makes (arXiv 2405.14867,
     section 4.5); with `lcm` from the same first step on, its noise is the scheduler's own."""
-    from hcf.distill.trainer import student_scheduler
+    from hcf.distill.save import student_scheduler
 
     config = DistillConfig(
         method="distribution_matching", steps=2,

@@ -20,7 +20,7 @@ from hcf.settings import DistillConfig
 
 SMALL: dict[str, Any] = {
     "steps": 2, "solver_steps": 4, "guidance_scale": 2.0, "train_steps": 6, "batch_size": 4,
-    "warmup_steps": 1, "checkpoint_every": 2,
+    "warmup_steps": 1, "checkpoint_every": 2, "check_memory": False,
 }  # fmt: skip
 
 

@@ -30,22 +30,33 @@ LAYERS = (
     ("source_file",),
     ("source", "trace"),
     ("quality",),
+    ("decode",),
     ("distill", "quantize", "fuse", "feature_cache"),
     ("export",),
     ("engines",),
-    ("decode", "lora"),
+    ("lora",),
     ("routing",),
     ("store",),
     ("load",),
     ("pipelines",),
     ("report", "doctor", "inspect", "generate"),
     ("run", "run_stages", "run_report"),
+    ("sweep",),
     ("terminal",),
-    ("cli", "cli_bench", "cli_data", "cli_dataset", "cli_measure", "cli_stages", "cli_suite"),
+    (
+        "cli",
+        "cli_bench",
+        "cli_data",
+        "cli_dataset",
+        "cli_measure",
+        "cli_stages",
+        "cli_suite",
+        "cli_sweep",
+    ),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Nothing outside these imports hcf_bench, and only inside functions.
-MAY_MEASURE = {"cli_bench", "cli_suite", "run_stages", "run_report"}
+MAY_MEASURE = {"cli_bench", "cli_suite", "run_stages", "run_report", "sweep"}
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "modelopt",
          "tensorrt", "tensorrt_rtx", "torchmetrics", "numpy", "accelerate")  # fmt: skip
 

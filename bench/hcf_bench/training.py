@@ -2,6 +2,7 @@
 
     hcf bench training                                    our loop against the peer's, one U-Net
     hcf bench training --measure A-300M --device cuda     img/s and MFU with random data
+    hcf bench training --measure sd15 --distill dmd2      img/s of a distillation
 
 The peer is a loop built as diffusers' examples/text_to_image/train_text_to_image.py is: accelerate
 around model, AdamW and a constant schedule, every parameter's gradient clipped, one U-Net forward
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcf.errors import InvalidComparison
+from hcf.settings import DistillConfig
+from hcf_bench.distillation import describe as describe_distillation
+from hcf_bench.distillation import measure_distillation
 from hcf_bench.environment import read_environment
 from hcf_bench.pairs import SETTLE_S, Subject, compare_subjects
 from hcf_bench.records import Memory, Record, Row
@@ -41,7 +45,8 @@ PEER, OURS = "diffusers' train_text_to_image loop", "taiji.train.loop"
 
 
 class TrainingConfig(BaseModel):
-    """What `hcf bench training` is asked for; `pieces` and `recompute` are for `measure`."""
+    """What `hcf bench training` is asked for; `pieces`, `recompute` and `distill`, the methods of
+    which a distillation is measured, are for `measure`."""
 
     model_config = STRICT
 
@@ -50,6 +55,9 @@ class TrainingConfig(BaseModel):
     batch: int = Field(16, gt=0)
     pieces: int = Field(1, gt=0)
     recompute: bool = False
+    distill: tuple[str, ...] = ()
+    student: Literal["full", "lora"] = "full"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     dtype: Precision = "fp32"
     budget_s: float = Field(120.0, gt=0)
     threads: int | None = None
@@ -279,7 +287,11 @@ def run_training(
     rows: list[Row] = []
     lines: list[str] = []
     for preset in config.presets:
-        if config.measure:
+        if config.distill:
+            found_rows = measure_methods(preset, config, log)
+            rows += found_rows
+            lines += [describe_distillation(row) for row in found_rows]
+        elif config.measure:
             rows.append(measure_training(preset, config, log))
             lines.append(describe(rows[-1]))
         else:
@@ -297,6 +309,32 @@ def run_training(
         rows=tuple(rows),
     )
     return record, lines
+
+
+def measure_methods(preset: str, config: TrainingConfig, log: Log = print) -> list[Row]:
+    """A row a method of distillation."""
+    return [
+        measure_distillation(
+            preset,
+            DistillConfig.model_validate(
+                {
+                    "method": method,
+                    "batch_size": config.batch,
+                    "micro_batches": config.pieces,
+                    "gradient_checkpointing": config.recompute,
+                    "precision": config.dtype,
+                    "student": {"kind": config.student},
+                    "optimizer": config.optimizer,
+                    # random latents and few points: the speed of a step does not depend on them
+                    **({"trajectory": {"count": config.batch}, "solver_steps": 4}
+                       if method == "trajectory" else {}),
+                }
+            ),
+            log,
+            threads=config.threads,
+        )
+        for method in config.distill
+    ]  # fmt: skip
 
 
 def describe(row: Row, gpus: int = 32) -> str:

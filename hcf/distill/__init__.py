@@ -1,1 +1,1 @@
-"""Step and guidance distillation: a teacher pipeline in, a few-step student pipeline out."""
+"""Distillation: a teacher pipeline in, a few-step or smaller student pipeline out."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hcf.artifact import hcf_home
 from hcf.errors import InvalidArtifact
-from hcf.trace import conditioning, denoiser_name
+from hcf.trace import CONCATENATED, conditioning, denoiser_name
 
 Log = Callable[[str], None]
 FOLDER = "hcf_data"
@@ -32,21 +32,25 @@ NOT_TEXT = ("vae", "movq", "scheduler")
 class DistillationSet:
     """`rows`: conditioning of the R distinct captions, each (R, ...); `caption` (M,) says which
     one, `latent` (M,) which of `latents` (N, C, h, w) a pair has. Without images the last two are
-    None. `uncond`: the unconditional branch, one row each."""
+    None. `uncond`: the unconditional branch, one row each. `own`: conditioning that comes with a
+    latent, each (N, ...), before that of its caption: the image to be enlarged, its noise level."""
 
     rows: Mapping[str, Tensor]
     uncond: Mapping[str, Tensor] | None
     caption: Tensor
     latents: Tensor | None
     latent: Tensor | None
+    own: Mapping[str, Tensor] = field(default_factory=dict)
 
     def draw(self, rng: Any, count: int) -> dict[str, Tensor]:
         """`count` pairs: {"latents" (B, C, h, w), conditioning (B, ...)}"""
         pick = torch.from_numpy(rng.integers(0, len(self.caption), count))
-        own = {name: v[self.caption[pick]] for name, v in self.rows.items()}
+        said = {name: v[self.caption[pick]] for name, v in self.rows.items()}
         if self.latents is None or self.latent is None:
-            return own
-        return {"latents": self.latents[self.latent[pick]].float(), **own}
+            return said
+        row = self.latent[pick]
+        own = {name: v[row].float() for name, v in self.own.items()}
+        return {"latents": self.latents[row].float(), **said, **own}
 
 
 def open_set(
@@ -57,22 +61,65 @@ def open_set(
     Raises InvalidArtifact where a file is missing or the parts do not fit together or the U-Net.
     """
     captions = read_captions(folder)
+    denoiser = getattr(pipe, denoiser_name(pipe))
     latents = row = None
+    own: dict[str, Tensor] = {}
     if images:
-        latents, row = read_latents(folder, captions)
-        channels = getattr(pipe, denoiser_name(pipe)).config.in_channels
-        if latents.shape[1] != channels:
-            raise InvalidArtifact(
-                f"{folder / LATENTS} has latents of {latents.shape[1]} channels, the denoiser "
-                f"takes {channels}: they are of another first stage",
-                fix="encode the images with this model's own VAE",
-            )
+        latents, row, own = read_latents(folder, captions)
+        check_latents(folder / LATENTS, latents, own, denoiser)
     distinct = list(dict.fromkeys(captions))
     rows, uncond = cached_conditioning(pipe, distinct, guidance_scale)
+    check_text(rows, denoiser)
+    rows = {name: v for name, v in rows.items() if name not in own}
     number = {caption: i for i, caption in enumerate(distinct)}
     pairs = "captions alone" if latents is None else f"{len(latents)} latents"
     log(f"{pairs}, {len(captions)} captions, {len(distinct)} of them distinct")
-    return DistillationSet(rows, uncond, torch.tensor([number[c] for c in captions]), latents, row)
+    uncond = uncond and {name: v for name, v in uncond.items() if name in rows}
+    caption = torch.tensor([number[c] for c in captions])
+    return DistillationSet(rows, uncond, caption, latents, row, own)
+
+
+def is_given_an_image(denoiser: Any) -> bool:
+    """Whether its input is longer than its output: super-resolution, inpainting."""
+    settings = denoiser.config
+    return bool(settings.in_channels > settings.out_channels)
+
+
+def check_latents(path: Path, latents: Tensor, own: Mapping[str, Tensor], denoiser: Any) -> None:
+    """Raises InvalidArtifact for latents, or images beside them, that are not this denoiser's."""
+    settings = denoiser.config
+    channels = min(settings.in_channels, settings.out_channels)
+    if latents.shape[1] != channels:
+        raise InvalidArtifact(
+            f"{path} has latents of {latents.shape[1]} channels, the denoiser takes {channels}: "
+            "they are of another first stage",
+            fix="encode the images with this model's own VAE",
+        )
+    given, wanted = own.get(CONCATENATED), settings.in_channels - channels
+    found = 0 if given is None else given.shape[1]
+    if found != wanted:
+        raise InvalidArtifact(
+            f"{path} has {found} channels beside its latents (`{CONCATENATED}`), the denoiser "
+            f"takes {wanted}",
+            fix="write the image that is enlarged as docs/distillation.md describes"
+            if wanted
+            else f"leave `{CONCATENATED}` out",
+        )
+    if not all(bool(torch.isfinite(t).all()) for t in (latents, *own.values())):
+        raise InvalidArtifact(f"{path} has values that are not finite", fix="encode it again")
+
+
+def check_text(rows: Mapping[str, Tensor], denoiser: Any) -> None:
+    """Raises InvalidArtifact for text states of another width than the denoiser attends to."""
+    settings = dict(denoiser.config)
+    wanted = settings.get("encoder_hid_dim") or settings.get("cross_attention_dim")
+    text = rows.get("encoder_hidden_states")
+    if text is not None and isinstance(wanted, int) and text.shape[-1] != wanted:
+        raise InvalidArtifact(
+            f"the text encoder gives states of width {text.shape[-1]}, the denoiser attends to "
+            f"{wanted}: they are of different models",
+            fix="give a folder whose text encoder and denoiser were trained together",
+        )
 
 
 def read_captions(folder: Path) -> list[str]:
@@ -88,8 +135,9 @@ def read_captions(folder: Path) -> list[str]:
     return list(captions)
 
 
-def read_latents(folder: Path, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Scaled latents (N, C, h, w), row (M,): caption m is of latent row[m]."""
+def read_latents(folder: Path, captions: list[str]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Scaled latents (N, C, h, w), row (M,): caption m is of latent row[m]; and by name what else
+    each latent has (N, ...)."""
     path = folder / LATENTS
     if not path.is_file():
         raise InvalidArtifact(
@@ -97,14 +145,19 @@ def read_latents(folder: Path, captions: list[str]) -> tuple[Tensor, Tensor]:
             fix="write them as docs/distillation.md describes, or use a method of prompts alone: "
             "trajectory, or distribution_matching with gan_weight=0",
         )
-    tensors = load_file(path)
-    latents, row = tensors["latents"], tensors["row"]
+    own = load_file(path)
+    latents, row = own.pop("latents"), own.pop("row")
     if len(row) != len(captions) or not 0 <= int(row.min()) <= int(row.max()) < len(latents):
         raise InvalidArtifact(
             f"{folder}: {len(captions)} captions, {len(row)} rows and {len(latents)} latents "
             "do not fit together"
         )
-    return latents, row
+    for name, tensor in own.items():
+        if len(tensor) != len(latents):
+            raise InvalidArtifact(
+                f"{path}: {len(tensor)} rows of `{name}` for {len(latents)} latents"
+            )
+    return latents, row, own
 
 
 def cached_conditioning(
@@ -128,7 +181,7 @@ def cached_conditioning(
             cond, uncond = conditioning(pipe, captions[start : start + batch_size], guidance_scale)
             parts.append(cond)
         tensors = {f"cond.{k}": torch.cat([p[k] for p in parts]) for k in parts[0]}
-        tensors |= {f"uncond.{k}": v[:1] for k, v in (uncond or {}).items()}
+        tensors |= {f"uncond.{k}": v[:1].clone() for k, v in (uncond or {}).items()}
         keep(path, tensors)
     found = load_file(path)
     rows = {k.removeprefix("cond."): v for k, v in found.items() if k.startswith("cond.")}

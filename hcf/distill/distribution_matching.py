@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcf.distill.solver import SolverGrid, column, noised, x0_eps
+from hcf.distill.solver import SolverGrid, noised, prediction_target, x0_eps
 from hcf.distill.teacher import Guidance, Teacher
 from hcf.errors import RecipeError
 from hcf.settings import DistributionMatchingConfig
@@ -143,7 +143,8 @@ class DistributionMatchingObjective(nn.Module):
         self, x_0: Tensor, x_t: Tensor, timestep: Tensor, cond: dict[str, Tensor], scale: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         alpha, kind = self.alpha[timestep], self.grid.kind
-        fake_says, features = self._fake_prediction(x_t, timestep, cond)
+        with torch.set_grad_enabled(self.head is not None):  # else nothing of it is kept
+            fake_says, features = self._fake_prediction(x_t, timestep, cond)
         with torch.no_grad():
             guided = self.teacher.guided(x_t.detach(), timestep, cond, scale)
             real, _ = x0_eps(guided, x_t, alpha, kind)
@@ -168,7 +169,7 @@ class DistributionMatchingObjective(nn.Module):
         cond: dict[str, Tensor],
     ) -> tuple[Tensor, dict[str, float]]:
         prediction, features = self._fake_prediction(x_t, timestep, cond)
-        target = _target(x_0, eps, self.alpha[timestep], self.grid.kind)
+        target = prediction_target(x_0, eps, self.alpha[timestep], self.grid.kind)
         loss = F.mse_loss(prediction, target)
         parts = {"denoising": loss.item()}
         if self.head is not None and real_t is not None:
@@ -203,12 +204,3 @@ class DistributionMatchingObjective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
         return noised(x_0, eps, self.alpha[timestep]), eps
-
-
-def _target(x_0: Tensor, eps: Tensor, alpha: Tensor, kind: str) -> Tensor:
-    """What a network of prediction type `kind` should say of x_0 and eps (B, C, H, W)."""
-    if kind == "epsilon":
-        return eps
-    if kind == "sample":
-        return x_0
-    return column(alpha.sqrt()) * eps - column((1 - alpha).sqrt()) * x_0

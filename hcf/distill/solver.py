@@ -92,6 +92,15 @@ def x0_eps(prediction: Tensor, x_t: Tensor, alpha: Tensor, kind: str) -> tuple[T
     raise RecipeError(f"unknown prediction_type {kind!r}; {', '.join(PREDICTIONS)}")
 
 
+def prediction_target(x_0: Tensor, eps: Tensor, alpha: Tensor, kind: str) -> Tensor:
+    """What a network of prediction type `kind` should say of x_0 and eps (B, C, H, W)."""
+    if kind == "epsilon":
+        return eps
+    if kind == "sample":
+        return x_0
+    return column(alpha.sqrt()) * eps - column((1 - alpha).sqrt()) * x_0
+
+
 def jump(prediction: Tensor, x_t: Tensor, alpha_t: Tensor, alpha_s: Tensor, kind: str) -> Tensor:
     """DDIM from alpha_t to alpha_s (B,): prediction, x_t (B, C, H, W) -> x_s (B, C, H, W)
 

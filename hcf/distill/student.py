@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hcf.distill.reduction import reduced
 from hcf.errors import MissingDependency, RecipeError
 from hcf.settings import DistillConfig, StudentConfig
 
@@ -16,12 +19,24 @@ ADAPTER = "student"
 
 
 def make_student(denoiser: nn.Module, config: DistillConfig) -> nn.Module:
-    """A trainable copy of the frozen `denoiser`, told its guidance scale where the recipe says so.
+    """A trainable copy of the frozen `denoiser`, told its guidance scale where the recipe says so,
+    smaller where its method is structure.
 
-    Raises RecipeError where the denoiser has no input for that, or no layer that LoRA could reach.
+    Raises RecipeError where the denoiser has no input for that, no layer that LoRA could reach, or
+    is no U-Net that can be made so small.
     """
-    student = copy.deepcopy(denoiser)
     embedding = config.guidance_embedding
+    if config.structure is not None:
+        told = getattr(denoiser.config, "time_cond_proj_dim", None)
+        if embedding is not None and told is None:
+            raise RecipeError(
+                f"this {type(denoiser).__name__} is not told its guidance scale, and structure "
+                "distillation leaves guidance as it is",
+                fix="leave distill.guidance_embedding out; distil guidance before or after",
+            )
+        student = reduced(denoiser, config.structure)
+    else:
+        student = copy.deepcopy(denoiser)
     if embedding is not None:
         student = with_guidance_input(student, embedding.width)
     return trainable(student, config.student)
@@ -82,6 +97,43 @@ def with_guidance_input(denoiser: Any, width: int) -> nn.Module:
     return told
 
 
+@torch.no_grad()
+def frozen_in(module: nn.Module, precision: str) -> nn.Module:
+    """`module`, its matrices that are not trained in bfloat16 where that is the precision of
+    training; those that are trained stay float32, and vectors do, which normalisations multiply
+    float32 by."""
+    if precision == "bf16":
+        for parameter in module.parameters():
+            if not parameter.requires_grad and parameter.ndim > 1:
+                parameter.data = parameter.data.bfloat16()
+    return module
+
+
+def frozen_weights(module: nn.Module) -> dict[str, Tensor]:
+    """What LoRA leaves as it was, by parameter name."""
+    return {n: p.data for n, p in module.named_parameters() if not p.requires_grad}
+
+
+def give_back(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """`frozen_weights` in the place of their bfloat16 copies."""
+    for name, parameter in module.named_parameters():
+        if name in weights:
+            parameter.data = weights[name].to(parameter.device)
+
+
+@contextmanager
+def in_float32(*modules: nn.Module) -> Iterator[None]:
+    """Inside, every parameter is float32, for calls without autocast; then as before."""
+    lowered = [p for m in modules for p in m.parameters() if p.dtype == torch.bfloat16]
+    for parameter in lowered:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter in lowered:
+            parameter.data = parameter.data.bfloat16()
+
+
 def trained_share(module: nn.Module) -> float:
     """Trained parameters over those of the network itself."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -92,7 +144,7 @@ def trained_share(module: nn.Module) -> float:
 def merged(student: nn.Module, config: StudentConfig, adapter_folder: Path | None) -> nn.Module:
     """The student as a plain network, LoRA in its weights. The matrices alone go to
     `adapter_folder`, for `pipe.load_lora_weights`."""
-    student = student.eval()
+    student = student.eval().float()
     if config.kind == "lora":
         if adapter_folder is not None:
             from diffusers.loaders import StableDiffusionLoraLoaderMixin

@@ -10,66 +10,60 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hcf.artifact import (
-    Sampling,
-    clone_artifact,
-    default_sampling,
-    hcf_home,
-    read_manifest,
-    refuse_foreign,
-    save_text,
-    staged_folder,
-    write_manifest,
-)
+from hcf.artifact import clone_artifact, hcf_home, refuse_foreign, staged_folder
 from hcf.distill.consistency import ConsistencyObjective
-from hcf.distill.data import FOLDER, DistillationSet, keep, kept, module_hash, open_set
+from hcf.distill.data import (
+    FOLDER,
+    DistillationSet,
+    is_given_an_image,
+    keep,
+    kept,
+    module_hash,
+    open_set,
+)
 from hcf.distill.distribution_matching import DistributionMatchingObjective
+from hcf.distill.estimate import device_memory, estimate, require_fit, shapes_of
 from hcf.distill.guidance import GuidanceObjective
+from hcf.distill.job import Distillation, Draw, Log
+from hcf.distill.probe import make_look, samplers
 from hcf.distill.progressive import ProgressiveObjective
+from hcf.distill.save import save_student, teacher_sampling
 from hcf.distill.solver import SolverGrid, noise_schedule
-from hcf.distill.student import make_student, merged, trainable, trained_share
-from hcf.distill.teacher import Guidance, Teacher
+from hcf.distill.structure import StructureObjective, costs, told_scales
+from hcf.distill.student import (
+    frozen_in,
+    frozen_weights,
+    give_back,
+    make_student,
+    merged,
+    trainable,
+    trained_share,
+)
+from hcf.distill.teacher import Bounds, Guidance, Teacher
 from hcf.distill.trajectory import TrajectoryObjective, solve
-from hcf.errors import HcfError
+from hcf.errors import HcfError, RecipeError
 from hcf.settings import (
     ConsistencyConfig,
     DistillConfig,
     DistributionMatchingConfig,
     ProgressiveConfig,
+    StructureConfig,
     TrajectoryConfig,
 )
 from hcf.source import open_pipeline
 from hcf.trace import denoiser_name
 
-GRIDS = "grids"
-Log = Callable[[str], None]
-Draw = Callable[[np.random.Generator, int], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What every method is made from. `shape` (C, h, w) is that of a latent."""
-
-    config: DistillConfig
-    model: Path
-    pipe: Any
-    teacher: Teacher
-    student: nn.Module
-    guidance: Guidance
-    data: DistillationSet
-    shape: tuple[int, ...]
-    log: Log
+GRIDS, BASE = "grids", "base.safetensors"
 
 
 def distill(
@@ -87,42 +81,117 @@ def distill(
     the training diverges; `output` is then as it was.
     """
     refuse_foreign(output)
+    if config.method == "decoder":
+        from hcf.distill.decoder import distill_decoder
+
+        return distill_decoder(model, output, config, log, work=work)
     pipe = open_pipeline(model)
     denoiser: nn.Module = getattr(pipe, denoiser_name(pipe))
     noise_schedule(pipe.scheduler)
+    check_denoiser(denoiser, config)
     data = open_set(
         pipe,
         config.data or model / FOLDER,
-        config.guidance_embedding.high if config.guidance_embedding else config.guidance_scale,
-        images=needs_images(config),
+        conditioning_scale(config, model),
+        images=needs_images(config) or is_given_an_image(denoiser),
         log=log,
     )
-    teacher = Teacher(denoiser, data.uncond)
-    guidance = Guidance.of(config, teacher)
+    if config.check_memory:
+        check_memory(denoiser, data, config, log)
+    teacher = Teacher(denoiser, data.uncond, Bounds.of(pipe))
+    structure = config.method == "structure"
+    guidance = told_scales(config) if structure else Guidance.of(config, teacher)
     student = make_student(denoiser, config)
     job = Distillation(
         config, model, pipe, teacher, student, guidance, data, latent_shape(denoiser, data), log
     )
-    key = hashlib.sha256(
-        json.dumps([config.model_dump(mode="json"), module_hash(denoiser), _key(data)]).encode()
-    ).hexdigest()
+    asked = config.model_dump(mode="json", exclude={"check_memory"})
+    said = json.dumps([asked, module_hash(denoiser), _key(data)])
+    key = hashlib.sha256(said.encode()).hexdigest()
     folder = (work or output).with_name(f"{(work or output).name}.training-{key[:8]}")
-    share = trained_share(student)
+    base = folder / BASE
+    if config.precision == "bf16" and (frozen := frozen_weights(student)):
+        keep(base, frozen)  # the student is saved on these, not on their bfloat16 copies
+    noted = {"trained_share": trained_share(student), **smaller(job)}
+    for network in (denoiser, student):
+        frozen_in(network, config.precision)
+    share = noted["trained_share"]
     log(f"{config.method}: {config.train_steps} steps, {share:.1%} of the parameters are trained")
-    try:
+    with diverging(folder):
         student, metrics = train(job, folder)
+    if base.exists():
+        give_back(student, load_file(base))
+    with staged_folder(output) as staged:
+        clone_artifact(model, staged)
+        save_student(job, student, staged, {**metrics, **noted})
+        if (folder / GRIDS).is_dir():
+            shutil.copytree(folder / GRIDS, staged / GRIDS)
+    shutil.rmtree(folder, ignore_errors=True)
+    return output
+
+
+@contextmanager
+def diverging(folder: Path) -> Iterator[None]:
+    """HcfError, naming where the checkpoints are, for a training that ends in NaN."""
+    try:
+        yield
     except FloatingPointError as error:
         raise HcfError(
             f"the training diverged: {error}",
             fix=f"lower distill.learning_rate; checkpoints are under {folder}",
         ) from error
-    with staged_folder(output) as staged:
-        clone_artifact(model, staged)
-        save_student(job, student, staged, {**metrics, "trained_share": share})
-        if (folder / GRIDS).is_dir():
-            shutil.copytree(folder / GRIDS, staged / GRIDS)
-    shutil.rmtree(folder, ignore_errors=True)
-    return output
+
+
+def conditioning_scale(config: DistillConfig, model: Path) -> float:
+    """The guidance scale that conditioning is recorded with: 1 has no unconditional branch. A
+    smaller structure has the branches that the teacher is sampled with."""
+    if config.guidance_embedding is not None:
+        return config.guidance_embedding.high
+    if config.method == "structure":
+        return teacher_sampling(model).guidance_scale or config.guidance_scale
+    return config.guidance_scale
+
+
+def smaller(job: Distillation) -> dict[str, float]:
+    """What a smaller structure saves; nothing for a student of the teacher's own."""
+    if job.config.method != "structure":
+        return {}
+    cond = {name: rows[:1] for name, rows in {**job.data.rows, **job.data.own}.items()}
+    found = costs(job.teacher.denoiser, job.student, job.shape, cond)
+    job.log(
+        f"{found['flop_ratio']:.2f}x fewer FLOPs ({found['teacher_gflop']:.4g} -> "
+        f"{found['student_gflop']:.4g} GFLOP), {found['teacher_parameters'] / 1e6:.4g} -> "
+        f"{found['student_parameters'] / 1e6:.4g} M parameters"
+    )
+    return found
+
+
+def check_memory(denoiser: Any, data: DistillationSet, config: DistillConfig, log: Log) -> None:
+    """Says what the training takes; HcfError where the device has less."""
+    size = latent_shape(denoiser, data)[1:]
+    rows = shapes_of({**data.rows, **data.own})
+    guided = data.uncond is not None
+    device, available = device_memory(denoiser)
+    memory = estimate(denoiser, config, rows, guided=guided, size=(size[0], size[1]), device=device)
+    log(str(memory))
+    require_fit(memory, available, denoiser, config, rows, guided=guided, size=(size[0], size[1]))
+
+
+def check_denoiser(denoiser: Any, config: DistillConfig) -> None:
+    """Raises RecipeError for a denoiser that the method cannot train."""
+    settings = denoiser.config
+    if settings.out_channels > settings.in_channels:
+        raise RecipeError(
+            f"{type(denoiser).__name__} has {settings.out_channels} channels out for "
+            f"{settings.in_channels} in: it predicts its variance too, which no method here learns",
+            fix="use a model with as many channels out as its latents have",
+        )
+    if is_given_an_image(denoiser) and config.method == "trajectory":
+        raise RecipeError(
+            f"{type(denoiser).__name__} enlarges or completes an image ({settings.in_channels} "
+            f"channels in, {settings.out_channels} out); trajectories are of captions alone",
+            fix="use method=consistency, progressive, guidance or distribution_matching",
+        )
 
 
 def needs_images(config: DistillConfig) -> bool:
@@ -145,13 +214,34 @@ def latent_shape(denoiser: Any, data: DistillationSet) -> tuple[int, ...]:
 
 def train(job: Distillation, folder: Path) -> tuple[nn.Module, dict[str, float]]:
     """Every stage of the method; the trained student and the last stage's metrics."""
-    from taiji.train.loop import LoopConfig, Probe, run
+    from taiji.train.loop import Probe, run
 
     config = job.config
     progressive = config.method == "progressive"
     stages = (config.progressive or ProgressiveConfig()).halvings if progressive else 1
-    loop = LoopConfig(
-        steps=max(1, config.train_steps // stages),
+    loop = loop_config(config, stages)
+    metrics: dict[str, float] = {}
+    seconds = 0.0
+    for stage in range(stages):
+        if stages > 1:
+            job.log(f"stage {stage + 1} of {stages}")
+        objective, draw = make_objective(job, stage)
+        probe = None
+        if config.probe is not None and stage == stages - 1:
+            look = make_look(config, job.model, folder / GRIDS, *samplers(job), job.log)
+            probe = Probe(config.probe.every, look)
+        metrics = run(objective, draw, loop, folder / f"stage-{stage}", job.log, probe)
+        seconds += metrics["seconds"]
+    return job.student, {**metrics, "seconds": seconds}
+
+
+def loop_config(config: DistillConfig, stages: int = 1) -> Any:
+    """The settings of one of `stages` trainings for taiji's loop."""
+    from taiji.train.settings import LoopConfig
+
+    steps = max(1, config.train_steps // stages)
+    return LoopConfig(
+        steps=steps,
         batch_size=config.batch_size,
         micro_batches=config.micro_batches,
         learning_rate=config.learning_rate,
@@ -163,20 +253,9 @@ def train(job: Distillation, folder: Path) -> tuple[nn.Module, dict[str, float]]
         optimizer=config.optimizer,
         weight_decay=0.0,
         seed=config.seed,
-        log_every=max(1, config.train_steps // stages // 10),
+        log_every=max(1, steps // 10),
         checkpoint_every=config.checkpoint_every,
     )
-    metrics: dict[str, float] = {}
-    for stage in range(stages):
-        if stages > 1:
-            job.log(f"stage {stage + 1} of {stages}")
-        objective, draw = make_objective(job, stage)
-        probe = None
-        if config.probe is not None and stage == stages - 1:
-            look = make_look(job, folder / GRIDS)
-            probe = Probe(config.probe.every, look)
-        metrics = run(objective, draw, loop, folder / f"stage-{stage}", job.log, probe)
-    return job.student, metrics
 
 
 def make_objective(job: Distillation, stage: int = 0) -> tuple[nn.Module, Draw]:
@@ -185,20 +264,26 @@ def make_objective(job: Distillation, stage: int = 0) -> tuple[nn.Module, Draw]:
     if config.method == "guidance":
         objective: nn.Module = GuidanceObjective(job.student, job.teacher, scheduler, job.guidance)
         return objective, job.data.draw
+    if config.method == "structure":
+        spec = config.structure or StructureConfig()
+        objective = StructureObjective(job.student, job.teacher, scheduler, job.guidance, spec)
+        return objective, job.data.draw
     if config.method == "progressive":
         halvings = (config.progressive or ProgressiveConfig()).halvings
         steps = config.steps * 2 ** (halvings - stage - 1)
         teacher = job.teacher
         if stage:
             before = merged(copy.deepcopy(job.student), config.student, None)
-            teacher = Teacher(before, None)
+            teacher = Teacher(frozen_in(before, config.precision), None)
         grid = SolverGrid(scheduler, 2 * steps, steps)
         objective = ProgressiveObjective(
             job.student, teacher, grid, job.guidance, teacher_is_student=stage > 0
         )
         return objective, job.data.draw
     if config.method == "distribution_matching":
-        fake = trainable(copy.deepcopy(job.teacher.denoiser), config.student)
+        # trained weights are float32 masters whatever the teacher's copy of them is in
+        fake = trainable(copy.deepcopy(job.teacher.denoiser).float(), config.student)
+        fake = frozen_in(fake, config.precision)
         objective = DistributionMatchingObjective(
             job.student,
             fake,
@@ -238,10 +323,12 @@ def trajectory_draw(job: Distillation, grid: SolverGrid, section: TrajectoryConf
     found = kept(path, key=key)
     if found is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        tensors, caption = solve(
-            job.teacher.to(device), grid.to(device), job.guidance, rows, job.shape, section.count,
-            seed=config.seed, batch_size=config.batch_size, log=job.log,
-        )  # fmt: skip
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            tensors, caption = solve(
+                job.teacher.to(device), grid.to(device), job.guidance, rows, job.shape,
+                section.count, seed=config.seed, batch_size=config.batch_size, log=job.log,
+            )  # fmt: skip
+        job.teacher.to("cpu")  # its memory is the student's now
         found = {**tensors, "caption": caption}
         keep(path, found, key=key)
     points, scale, caption = found["points"], found["scale"], found["caption"]
@@ -254,112 +341,10 @@ def trajectory_draw(job: Distillation, grid: SolverGrid, section: TrajectoryConf
     return draw
 
 
-def make_look(job: Distillation, folder: Path) -> Callable[[int], bool]:
-    """Grids of images as the student is, and whether it passes the recipe's thresholds yet."""
-    from PIL import Image
-
-    from hcf.quality.gate import check, check_prompts
-    from hcf.quality.sampling import generate_images
-    from hcf.settings import CheckConfig
-
-    probe = job.config.probe
-    assert probe is not None
-    check_config = CheckConfig(
-        name="training", images=max(probe.images, probe.prompts), thresholds=probe.thresholds,
-        seed=job.config.seed,
-    )  # fmt: skip
-    data_folder = job.model / FOLDER
-    prompts = check_prompts(check_config, data_folder)
-    if not probe.thresholds:
-        prompts = prompts[: probe.prompts]
-    texts, seeds = [p.text for p in prompts], [job.config.seed + i for i in range(len(prompts))]
-    baseline: list[Any] = []
-
-    def look(step: int) -> bool:
-        with sampled_by(job, job.student):
-            images = generate_images(job.pipe, texts, seeds, sampling=student_sampling(job))
-        folder.mkdir(parents=True, exist_ok=True)
-        row = np.concatenate(list(images[: probe.prompts]), axis=1)
-        Image.fromarray(row).save(folder / f"step-{step:06d}.png")
-        if not probe.thresholds:
-            return False
-        if not baseline:
-            baseline.append(generate_images(job.pipe, texts, seeds))
-        verdict = check(baseline[0], images, prompts, check_config, data_folder, job.log)
-        return verdict.passed
-
-    return look
-
-
-@contextmanager
-def sampled_by(job: Distillation, student: nn.Module) -> Iterator[None]:
-    """The pipeline with the student and its scheduler in it, inside."""
-    pipe, name = job.pipe, denoiser_name(job.pipe)
-    before = getattr(pipe, name), pipe.scheduler
-    setattr(pipe, name, student.eval())
-    pipe.scheduler = student_scheduler(job.config, pipe.scheduler)
-    try:
-        yield
-    finally:
-        setattr(pipe, name, before[0])
-        pipe.scheduler = before[1]
-        student.train()
-
-
-def student_scheduler(config: DistillConfig, scheduler: Any) -> Any:
-    """The scheduler that steps as the training did; the teacher's where only guidance went."""
-    if config.method == "guidance":
-        return scheduler
-    section = config.distribution_matching or DistributionMatchingConfig()
-    if config.method == "distribution_matching" and section.sampler == "lcm":
-        return LCMScheduler.from_config(
-            scheduler.config,
-            original_inference_steps=scheduler.config.num_train_timesteps,
-            clip_sample=False,
-        )
-    return DDIMScheduler.from_config(
-        scheduler.config, timestep_spacing="trailing", clip_sample=False
-    )
-
-
-def student_sampling(job: Distillation) -> Sampling:
-    """Steps and guidance scale that the student is made for."""
-    config = job.config
-    guidance_alone = config.method == "guidance"
-    steps = default_sampling(job.model).steps if guidance_alone else config.steps
-    told = config.guidance_scale if config.guidance_embedding else 1.0
-    return Sampling(steps=steps, guidance_scale=told)
-
-
-def save_student(
-    job: Distillation, student: nn.Module, folder: Path, metrics: dict[str, float]
-) -> None:
-    """Student weights, its scheduler and its defaults into the staged folder; lineage noted."""
-    config, name = job.config, denoiser_name(job.pipe)
-    plain = merged(student, config.student, folder / "lora")
-    shutil.rmtree(folder / name)
-    shutil.rmtree(folder / "scheduler")
-    plain.to(torch.float16).save_pretrained(folder / name)  # type: ignore[operator]
-    scheduler = student_scheduler(config, job.pipe.scheduler)
-    scheduler.save_pretrained(folder / "scheduler")
-    sampling = student_sampling(job)
-    index_path = folder / "model_index.json"
-    index = json.loads(index_path.read_text())
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    if "default_steps" in index:
-        index["default_guidance_scale"] = sampling.guidance_scale
-        index["default_steps"] = sampling.steps or index["default_steps"]
-    save_text(index_path, json.dumps(index, indent=2))
-    manifest = read_manifest(folder)
-    manifest.sampling = sampling
-    manifest.distillation = {**config.model_dump(mode="json", exclude_none=True), **metrics}
-    write_manifest(folder, manifest)
-
-
 def _key(data: DistillationSet) -> str:
     """SHA-256 of the data's content."""
     digest = hashlib.sha256()
-    tensors = {**data.rows, "caption": data.caption}
+    tensors = {**data.rows, **data.own, "caption": data.caption}
     if data.latents is not None and data.latent is not None:
         tensors |= {"latents": data.latents, "latent": data.latent}
     for name, tensor in sorted(tensors.items()):

@@ -5,7 +5,8 @@
 over the first 128 principal components of the reference set. This is FID's formula (Heusel et al.
 2017) on another network, so it is never called FID and its values compare only with other FED.
 The estimate is biased upwards for few images: compare sets of the same size, and print `floor`,
-which real images reach at that size, beside it. N images, F features, D dimensions.
+which real images reach at that size, beside it. N images, F features, D dimensions, P prompts, R
+resamples.
 """
 
 from __future__ import annotations
@@ -56,13 +57,18 @@ def frechet_distance(mean_1: Doubles, cov_1: Doubles, mean_2: Doubles, cov_2: Do
     tr (C_1 C_2)^(1/2) is the sum of the roots of the eigenvalues of A C_2 A with A = C_1^(1/2):
     that is symmetric, so nothing turns complex where `sqrtm` would need a fudge.
     """
-    values, vectors = np.linalg.eigh((cov_1 + cov_1.T) / 2)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    root = square_root(cov_1)
     inner = root @ ((cov_2 + cov_2.T) / 2) @ root
     cross = np.sqrt(np.clip(np.linalg.eigvalsh((inner + inner.T) / 2), 0, None)).sum()
     gap = mean_1 - mean_2
     distance = float(gap @ gap + np.trace(cov_1) + np.trace(cov_2) - 2 * cross)
     return max(distance, 0.0)  # rounding can leave -1e-12 for equal sets
+
+
+def square_root(covariance: Doubles) -> Doubles:
+    """The symmetric root (D, D) of a covariance (D, D)"""
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    return np.asarray((vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T)
 
 
 def fit_reference(
@@ -95,6 +101,50 @@ def feature_distance(features: npt.NDArray[Any], reference: Reference) -> float:
 def _distance(projected: Doubles, reference: Reference) -> float:
     covariance = np.cov(projected, rowvar=False).reshape(reference.dims, reference.dims)
     return frechet_distance(projected.mean(0), covariance, reference.mean, reference.covariance)
+
+
+def distance_draws(
+    features: npt.NDArray[Any],
+    group: npt.NDArray[np.int64],
+    reference: Reference,
+    weights: Doubles,
+    chunk: int = 256,
+) -> Doubles:
+    """features (N, F), prompts group (N,), weights (R, P) of resamples -> FED of each (R,)
+
+    No resample touches an image: a Gaussian is its moments, and those of a resample are the
+    weighted sums of its prompts' (1, x, x x^T), one matrix product for all. A resample holds fewer
+    different images than the set, so its FED is biased up once more: the draws are moved by their
+    mean excess, which leaves the spread. The set's own bias stays; it falls with 1 / N (Chong and
+    Forsyth, arXiv 1911.07023) and is much the same for sets of one size: those are compared.
+    """
+    x = _checked(features, reference.dims, "compared")
+    x = (x - reference.pca_mean) @ reference.components.T
+    dims, prompts = reference.dims, weights.shape[1]
+    rows, columns = np.triu_indices(dims)
+    count = weights @ np.bincount(group, minlength=prompts)
+    first, second = np.zeros((len(weights), dims)), np.zeros((len(weights), len(rows)))
+    order = np.argsort(group, kind="stable")
+    ends = np.cumsum(np.bincount(group, minlength=prompts))
+    for start in range(0, prompts, chunk):
+        own = slice(start, min(start + chunk, prompts))
+        images = [x[part] for part in np.split(order, ends[:-1])[own]]
+        first += weights[:, own] @ np.stack([part.sum(0) for part in images])
+        second += weights[:, own] @ np.stack([(part.T @ part)[rows, columns] for part in images])
+    root, spread = square_root(reference.covariance), np.trace(reference.covariance)
+    draws = np.full(len(weights), np.nan)
+    for i in np.flatnonzero(count > 1):
+        mean = first[i] / count[i]
+        covariance = np.zeros((dims, dims))
+        covariance[rows, columns] = second[i]
+        covariance = covariance + np.triu(covariance, 1).T
+        covariance = (covariance - count[i] * np.outer(mean, mean)) / (count[i] - 1)
+        inner = root @ covariance @ root
+        cross = np.sqrt(np.clip(np.linalg.eigvalsh((inner + inner.T) / 2), 0, None)).sum()
+        gap = mean - reference.mean
+        draws[i] = gap @ gap + np.trace(covariance) + spread - 2 * cross
+    draws += _distance(x, reference) - np.nanmean(draws)
+    return np.maximum(draws, 0.0)
 
 
 def floor(reference: Reference, count: int, *, draws: int = 5, seed: int = 0) -> float | None:

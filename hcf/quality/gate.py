@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict
 
 from hcf.artifact import Sampling
 from hcf.errors import HcfError, InvalidArtifact, RecipeError
-from hcf.quality.evaluate import JUDGED, Evaluation, evaluate
+from hcf.quality.evaluate import JUDGED, Evaluation, evaluate, paired
 from hcf.quality.features import Images
 from hcf.quality.fidelity import Fidelity, fidelity
+from hcf.quality.intervals import Interval, Paired
 from hcf.quality.rules import ASPECTS
 from hcf.quality.sampling import (
     PROMPTS_FILE,
@@ -44,6 +45,7 @@ class MetricResult(_Data):
     """One metric. `value` is the candidate's; fidelity has no baseline of its own.
 
     `passed` is None where no threshold names it; `reason` says why it failed or is missing.
+    `paired` holds the 95 % intervals of both sides, of their ratio and of their difference.
     """
 
     name: str
@@ -52,6 +54,7 @@ class MetricResult(_Data):
     threshold: str = ""
     passed: bool | None = None
     reason: str = ""
+    paired: Paired | None = None
 
 
 class WorstPrompt(_Data):
@@ -121,7 +124,8 @@ def check_pipelines(
 
 
 def check_prompts(config: CheckConfig, data_folder: Path | None) -> list[Prompt]:
-    """The `config.images` prompts of a check. Raises RecipeError when there are none."""
+    """The prompts of a check, one an image: `images_per_prompt` rounds of the same, `images` or
+    just under. Raises RecipeError when there are none."""
     source = config.prompts
     if not source:
         if data_folder is None:
@@ -129,7 +133,8 @@ def check_prompts(config: CheckConfig, data_folder: Path | None) -> list[Prompt]
                 "the model ships no check prompts", fix="name some: `check: {prompts: [...]}`"
             )
         source = data_folder / PROMPTS_FILE
-    return choose_prompts(load_prompts(source), config.images)
+    each = min(config.images_per_prompt, config.images)
+    return choose_prompts(load_prompts(source), config.images // each) * each
 
 
 def check(
@@ -169,6 +174,7 @@ def check(
         worst=_worst(prompts, before, after, closeness),
         judge=dict(after.judge),
         notes=after.notes,
+        intervals=paired(before, after),
     )
     for note in verdict.notes:
         log(note)
@@ -187,6 +193,7 @@ def judge_metrics(
     worst: Sequence[WorstPrompt] = (),
     judge: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    intervals: Mapping[str, Paired] | None = None,
 ) -> Verdict:
     """Values of both sides by metric, and why others are missing -> the verdict."""
     metrics = tuple(
@@ -196,7 +203,7 @@ def judge_metrics(
             candidate.get(name),
             config.thresholds.get(name),
             missing.get(name, ""),
-        )
+        ).model_copy(update={"paired": (intervals or {}).get(name)})
         for name in METRICS
     )
     reasons = tuple(f"{config.name}: {m.name}: {m.reason}" for m in metrics if m.passed is False)
@@ -309,5 +316,15 @@ def _line(metric: MetricResult) -> str:
     state = {True: "pass", False: "FAIL", None: "    "}[metric.passed]
     value = "missing" if metric.value is None else f"{metric.value:.4f}"
     base = "" if metric.baseline is None else f" (baseline {metric.baseline:.4f})"
+    found = metric.paired
+    if found is not None and metric.value is not None:
+        value += f" {bounds_text(found.candidate)}"
+        if found.ratio is not None:
+            base += f", ratio {found.ratio.value:.3f} {bounds_text(found.ratio, 3)}"
     tail = "".join(f", {text}" for text in (metric.threshold, metric.reason) if text)
     return f"{state} {metric.name} {value}{base}{tail}"
+
+
+def bounds_text(interval: Interval, digits: int = 4) -> str:
+    """ "[40.1, 42.3]" """
+    return f"[{interval.low:.{digits}f}, {interval.high:.{digits}f}]"

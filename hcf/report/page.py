@@ -20,7 +20,7 @@ from hcf.report.grid import png_data_uri, replace_file
 from hcf.report.table import Rung, number, ratio
 
 if TYPE_CHECKING:
-    from hcf.quality.gate import Verdict
+    from hcf.quality.gate import MetricResult, Verdict
 
 WORST_LAYERS = 15
 # Names of the gate's metrics for people, and the decimals they are printed with.
@@ -31,6 +31,7 @@ METRIC_LABELS = {
     "fed": ("Fréchet distance (FED)", 3),
     "clip_zh": ("CLIP-zh", 4),
     "retrieval_r5": ("caption retrieval, top 5 of 64", 3),
+    "diversity": ("diversity: feature distance of one prompt's images", 4),
     "colour": ("colour right (rule judge)", 3),
     "shape": ("shape right (rule judge)", 3),
     "count": ("count right (rule judge)", 3),
@@ -61,7 +62,10 @@ class ImageColumn:
 
 @dataclass(frozen=True)
 class GateRow:
-    """One metric of the quality gate; `passed` is None where it is reported but not gated."""
+    """One metric of the quality gate; `passed` is None where it is reported but not gated.
+
+    `interval` is the value's, and the ratio to the baseline with its own.
+    """
 
     metric: str
     value: float | None
@@ -70,6 +74,7 @@ class GateRow:
     baseline: float | None = None
     note: str = ""
     digits: int = 4
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,9 +262,21 @@ def gate_rows(verdict: Verdict) -> list[GateRow]:
                 baseline=metric.baseline,
                 note=metric.reason,
                 digits=digits,
+                interval=_interval_text(metric, digits),
             )
         )
     return rows
+
+
+def _interval_text(metric: MetricResult, digits: int) -> str:
+    found = metric.paired
+    if found is None:
+        return ""
+    text = f"[{number(found.candidate.low, digits)}, {number(found.candidate.high, digits)}]"
+    if found.ratio is not None:
+        bounds = f"[{found.ratio.low:.3f}, {found.ratio.high:.3f}]"
+        text += f", ratio {found.ratio.value:.3f} {bounds}"
+    return text
 
 
 def engine_rows(manifest: Manifest) -> list[EngineRow]:
