@@ -27,13 +27,19 @@ STRAGGLING = 0.1  # share of the time that one process waits for data, from whic
 
 
 def run(
-    objective: nn.Module, draw: Draw, config: LoopConfig, folder: Path, log: Log = print
+    objective: nn.Module,
+    draw: Draw,
+    config: LoopConfig,
+    folder: Path,
+    log: Log = print,
+    data: dict[str, str] | None = None,
 ) -> dict[str, float]:
     """Minimises `objective(**batch, generator=g) -> (loss, parts)`; leaves EMA weights in it.
 
     `draw(rng, size)` gives one piece of a batch. State goes to `folder`/checkpoints and metrics to
     `folder`/log.jsonl; a run that finds a checkpoint there goes on from it. Returns the last
     averaged metrics. What changes while training must be a parameter or a persistent buffer.
+    Checkpoints name `data`, hashes of what is drawn from.
 
     An objective with `turns` is called once a turn, with `turn=name, step=i`; `parameters_of(turn)`
     says what that turn's optimiser updates, `lr_scales[turn]` its factor on the learning rate. The
@@ -41,9 +47,9 @@ def run(
     with `parameter_groups()` has its own factor `lr_scale` on the learning rate of each group.
 
     Raises FloatingPointError when steps stay non-finite, naming the last good checkpoint, and
-    ValueError when the checkpoint in `folder` is of another recipe or model.
+    ValueError when the checkpoint in `folder` is of another recipe, model or data.
     """
-    session = open_session(objective, draw, config, folder, log)
+    session = open_session(objective, draw, config, folder, log, data)
     resume(session)
     session.begun = time.monotonic()
     _track(session)
