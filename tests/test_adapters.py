@@ -15,6 +15,7 @@ from taiji.adapters.decoupled import (
     adapter_parameters,
     attach,
     image_condition,
+    image_projection,
     ip_adapter_state,
     new_ip_adapter,
     save_ip_adapter,
@@ -184,7 +185,10 @@ def test_decoupled_attention_of_sd_a_has_the_parameters_of_the_paper() -> None:
     assert sum(p.numel() for p in attach(unet, state)) == 25_559_040 + 4_200_448
 
 
-def test_decoupled_scale_0_is_the_base_and_its_file_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes, shape", [((128,), (2, 128)), ((128, 6, 64), (2, 65, 128))])
+def test_decoupled_scale_0_is_the_base_and_its_file_comes_back(
+    sizes: tuple[int, ...], shape: tuple[int, ...], tmp_path: Path
+) -> None:
     pipe = TaijiIPAdapterPipeline.from_pretrained(MINI)
     settings = {"num_inference_steps": 2, "output_type": "pt"}
 
@@ -195,12 +199,15 @@ def test_decoupled_scale_0_is_the_base_and_its_file_comes_back(tmp_path: Path) -
         images: Tensor = out.images
         return images
 
-    plain, embeds = draw(), noise(2, 128)
+    plain, embeds = draw(), noise(*shape)
     with pytest.raises(ValueError, match=r"pipe.load_ip_adapter"):
         draw(image_embeds=embeds)
-    attach(pipe.unet, new_ip_adapter(pipe.unet, 128))
+    torch.manual_seed(0)
+    attach(pipe.unet, new_ip_adapter(pipe.unet, *sizes))
+    assert image_projection(pipe.unet)(embeds).shape == (2, sizes[1] if sizes[1:] else 4, 192)
     shown = draw(image_embeds=embeds)
     assert (shown - plain).abs().max() > 1e-3 and not torch.equal(draw(), shown)
+    assert torch.equal(draw(), draw(image_embeds=torch.zeros(shape)))
     set_scale(pipe.unet, 0.0)
     assert torch.equal(draw(image_embeds=embeds), plain) and torch.equal(draw(), plain)
     path = save_ip_adapter(pipe.unet, tmp_path)
@@ -242,6 +249,8 @@ def test_decoupled_attention_trains_alone_and_not_in_family_a() -> None:
             unet(*inputs)
     with pytest.raises(ValueError, match="append image tokens instead"):
         new_ip_adapter(family_a(), 24)
+    with pytest.raises(ValueError, match="patch_width=96 is no multiple of 64"):
+        new_ip_adapter(sd(), 24, 4, 96)
 
 
 @pytest.mark.parametrize("make", [family_a, sd])

@@ -69,6 +69,15 @@ def test_style_and_length_by_share() -> None:
     assert rng.getstate() == before
 
 
+def test_any_length_between_two() -> None:
+    config, rng = CaptionConfig(long_share=1.0, least_characters=30), Random(0)
+    found = [len(prepare("一个红色的圆形", rng, config)) for _ in range(400)]
+    assert 18 <= min(found) and max(found) <= 128 and np.std(found) > 20
+    assert np.mean(found) == pytest.approx(75, abs=6)  # (30 + 128) / 2, less the room left over
+    with pytest.raises(ValidationError, match="least_characters=9 exceeds characters=8"):
+        CaptionConfig(characters=8, least_characters=9)
+
+
 def test_conditions_are_dropped_by_their_shares() -> None:
     generator = torch.Generator().manual_seed(0)
     clip, sandwich = drop_conditions(40_000, CaptionConfig(), generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.numpy import save_file
 
+from taiji.data import filters as filters_module
 from taiji.data import image_filters, shapes
 from taiji.data.caption_filters import caption_columns, languages, normal_form
 from taiji.data.clip_filters import apply_head, clip_columns, features_of, load_clip
 from taiji.data.filter_config import ClipFilter, Filters, HeadFilter
-from taiji.data.filters import column_folders, run_filters
+from taiji.data.filters import CODE, code_hash, column_folders, filter_keys, run_filters
 from taiji.data.metadata import decode, ids_as_integers, read_columns, row_id
 from taiji.data.sources import ShapesSource, TableSource, TarSource, ingest
 from taiji.data.tar import END, tar_bytes
@@ -145,6 +147,29 @@ def test_only_what_changed_is_computed_again(pairs: Path, tmp_path: Path) -> Non
     assert not (out / "columns" / "image").exists() and (out / "columns" / "white").exists()
     (pairs / "pairs.csv").write_text("path,caption\n0.png,一\n")
     assert ingest(table_source(pairs), out, rows_per_part=4, log=silent)["rows"] == 1
+
+
+def test_a_filter_whose_code_changed_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what reads its columns; the others are not."""
+    assert set(CODE) == set(Filters.model_fields)
+    folder = Path(filters_module.__file__).parent
+    for modules in CODE.values():
+        for name in set(modules) - {"filters"}:  # what it imports of the engine is counted too
+            text = (folder / f"{name}.py").read_text()
+            imported = set(re.findall(r"^from taiji\.data\.(\w+) import", text, re.M))
+            assert imported <= {*modules, "filter_config"}, (modules, name)
+    filters = Filters(caption={}, image={}, duplicates={})
+    before = filter_keys(filters, "metadata", ["own"])
+
+    def edited(modules: tuple[str, ...]) -> str:
+        return "edited" if "duplicates" in modules else code_hash(modules)
+
+    monkeypatch.setattr(filters_module, "code_hash", edited)
+    after = filter_keys(filters, "metadata", ["own"])
+    assert {name for name in before if before[name] != after[name]} == {"duplicates"}
+    monkeypatch.setattr(filters_module, "code_hash", lambda modules: str("metadata" in modules))
+    changed = filter_keys(filters, "metadata", ["own"])
+    assert changed["image"] != after["image"] and changed["own"] != after["own"]
 
 
 def test_tars_keep_what_is_whole_and_name_the_damage(tmp_path: Path) -> None:

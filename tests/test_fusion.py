@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch.nn.functional import pad
 
 from taiji import presets
 from taiji.text import TextFusion
-from taiji.text.fusion import unet_condition
+from taiji.text.fusion import left_out, unet_condition
 from taiji.unet import load_sd1_unet, zero_pooled_text
 
 SHIPPED = Path(__file__).parents[1] / "models/weights/taiji-sd-mini/fusion"
@@ -197,3 +198,63 @@ def test_a_unet_with_a_pooled_condition_is_not_stable_diffusion_1(sd1: Any) -> N
     a3 = UNet2DConditionModel(**presets.TINY_SD_A3_UNET)
     zero_pooled_text(a3)
     assert not a3.class_embedding.linear_2.weight.any()
+
+
+def test_a_lengthened_fusion_repeats_its_padding() -> None:
+    fusion = TextFusion(**SIZES)
+    long = fusion.lengthened(10)
+    assert long.config.sandwich_tokens == 10
+    clip, pooled, clip_mask, sandwich, mask = inputs()
+    context, both = long(clip, pooled, clip_mask, pad(sandwich, (0, 0, 0, 6)), pad(mask, (0, 6)))
+    expected, same = fusion(clip, pooled, clip_mask, sandwich, mask)
+    assert context.shape == (2, 13, 12) and torch.equal(both, same)
+    assert torch.equal(context[:, :7], expected)
+    assert torch.equal(context[1, 7:], fusion.padding[[3, 4, 5, 6, 3, 4]])
+    without = TextFusion(**SIZES, encoders="image_clip")
+    assert torch.equal(without.lengthened(10).padding, without.padding)
+    with pytest.raises(ValueError, match="sandwich_tokens=3 is below the fusion's 4"):
+        fusion.lengthened(3)
+    with pytest.raises(ValueError, match="use form='tokens'"):
+        TextFusion(**SHARED).lengthened(10)
+
+
+def test_what_is_left_out_is_absent_until_it_is_back() -> None:
+    fusion, given = TextFusion(**SIZES), inputs()
+    context, pooled = fusion(*given)
+    with left_out(fusion, encoders="image_clip"):
+        alone, half = fusion(*given)
+    assert torch.equal(alone[0, :3], context[0, :3]) and torch.equal(
+        alone[0, 3:], fusion.padding[3:]
+    )
+    assert torch.equal(half[0, :6], pooled[0, :6]) and not half[0, 6:].any()
+    with left_out(fusion, encoders="sandwich"):
+        alone, half = fusion(*given)
+    assert torch.equal(alone[0, 3:], context[0, 3:]) and torch.equal(
+        alone[0, :3], fusion.padding[:3]
+    )
+    assert torch.equal(half[0, 6:], pooled[0, 6:]) and not half[0, :6].any()
+    with left_out(fusion, use_pooled=False):
+        same, none = fusion(*given)
+    assert torch.equal(same, context) and not none.any()
+    assert torch.equal(fusion(*given)[1], pooled)
+
+
+def test_sandwich_overrules_the_pooled_image_clip() -> None:
+    """New, it changes nothing; trained, it can put another vector in that half's place."""
+    fusion, given = TextFusion(**SIZES), inputs()
+    _, plain = fusion(*given)
+    modulated = fusion.lengthened(4, modulate_pooled=True)
+    assert torch.equal(modulated(*given)[1], plain)
+    _, pooled = modulated(*given)
+    pooled[0, :6].sum().backward()
+    assert modulated.modulate.bias.grad.abs().min() > 0
+    shift = torch.arange(6.0)
+    with torch.no_grad():
+        modulated.modulate.bias.copy_(torch.cat([torch.tensor([-1.0]), shift]))
+        _, pooled = modulated(*given)
+        assert torch.allclose(pooled[0, :6], shift) and torch.equal(pooled[0, 6:], plain[0, 6:])
+        assert not pooled[1].any()  # without Sandwich no modulation
+        assert torch.equal(modulated.lengthened(9).modulate.bias, modulated.modulate.bias)
+        with left_out(modulated, encoders="image_clip"):
+            assert torch.equal(modulated(*given)[1][0, :6], plain[0, :6])
+    assert TextFusion(**SIZES, encoders="image_clip", modulate_pooled=True).modulate is None

@@ -176,3 +176,20 @@ def test_sandwich_norm_bounds_what_is_added_in_half_precision() -> None:
     wild = {norm: largest_sum(norm, 60.0) for norm in ("post", "sandwich")}
     assert wild["post"] > 100 * calm["post"]
     assert wild["sandwich"] < 2 * calm["sandwich"] < 100
+
+
+def test_a_lengthened_encoder_repeats_its_positions() -> None:
+    torch.manual_seed(0)
+    short = SandwichTextEncoder(**TINY, layers=3, sandwich_k=1).eval()
+    long = short.lengthened(30)
+    assert long.config.max_length == 30 and short.config.max_length == 12 and not long.training
+    ids = torch.randint(1, 40, (2, 24))
+    first = torch.ones_like(ids)
+    first[:, 12:] = 0
+    expected = short(ids[:, :12], first[:, :12])
+    assert torch.allclose(long(ids, first)[:, :12], expected, atol=1e-6)
+    # the second half alone stands at copies of the same positions
+    half = torch.cat([ids[:, :12], ids[:, :12]], dim=1)
+    assert torch.allclose(long(half, 1 - first)[:, 12:], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="max_length=11 is below the encoder's 12 tokens"):
+        short.lengthened(11)

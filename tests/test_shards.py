@@ -75,6 +75,18 @@ def test_two_workers_write_the_bytes_of_one_and_a_second_run_writes_nothing(
     assert len(list((work / "shards").glob("*.tar"))) == 2
 
 
+def test_a_list_of_an_earlier_version_is_made_anew_and_the_tar_stays(raw: Path, work: Path) -> None:
+    write(work, raw)
+    found = contents(work)
+    tar = work / "shards" / "a-00000.tar"
+    before, listed = tar.stat().st_mtime_ns, tar.with_suffix(".parquet")
+    table = pq.read_table(listed)
+    assert table["caption"].null_count == 0 and set(table["width"].to_pylist()) == {32}
+    pq.write_table(table.select(["id", "offset", "bytes"]), listed)
+    write(work, raw)
+    assert contents(work) == found and tar.stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize("left", [0, 1, 700, 5000, 20_000, "samples", "all"])
 def test_a_part_cut_anywhere_is_continued_to_the_same_bytes(
     raw: Path, work: Path, left: int | str

@@ -266,7 +266,7 @@ def test_a_probe_sees_the_average_and_may_end_the_run(tmp_path: Path) -> None:
         seen.append(watched.layer.weight.detach().clone())
         return step == 40
 
-    run(watched, draw, config(60), tmp_path / "a", silent, Probe(20, look))
+    run(watched, draw, config(60), tmp_path / "a", silent, probe=Probe(20, look))
     run(plain, draw, config(40), tmp_path / "b", silent)
     assert len(seen) == 2
     # looking changes nothing, and what it saw last is what the run leaves

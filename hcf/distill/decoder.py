@@ -317,7 +317,7 @@ def distill_decoder(
         probe = Probe(config.probe.every, look)
     with diverging(training):
         draw = batches(objective, train, config.batch_size)
-        metrics = run(objective, draw, loop_config(config), training / "stage-0", log, probe)
+        metrics = run(objective, draw, loop_config(config), training / "stage-0", log, probe=probe)
     metrics |= measured(pipe, tiny, held)
     log(
         f"{metrics['flop_ratio']:.2f}x fewer FLOPs and {metrics['time_ratio']:.2f}x less time than "

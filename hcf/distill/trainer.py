@@ -230,7 +230,7 @@ def train(job: Distillation, folder: Path) -> tuple[nn.Module, dict[str, float]]
         if config.probe is not None and stage == stages - 1:
             look = make_look(config, job.model, folder / GRIDS, *samplers(job), job.log)
             probe = Probe(config.probe.every, look)
-        metrics = run(objective, draw, loop, folder / f"stage-{stage}", job.log, probe)
+        metrics = run(objective, draw, loop, folder / f"stage-{stage}", job.log, probe=probe)
         seconds += metrics["seconds"]
     return job.student, {**metrics, "seconds": seconds}
 

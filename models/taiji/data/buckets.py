@@ -9,7 +9,6 @@ N images, B batch of one process. Sizes are (height, width) in pixels.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Size = tuple[int, int]
 Index = npt.NDArray[np.int64]
+CHUNK = 1 << 20  # images whose bucket is looked for at a time
 
 
 def bucket_sizes(base: int, step: int = 64) -> tuple[Size, ...]:
@@ -31,6 +32,32 @@ def bucket_sizes(base: int, step: int = 64) -> tuple[Size, ...]:
         long, short = min(base + i * step, 2 * base), max(base - i * step, base // 2)
         sizes |= {(long, short), (short, long)}
     return tuple(sorted(sizes, key=lambda size: size[0] / size[1]))
+
+
+class BucketConfig(BaseModel):
+    """The rule's buckets around `base` x `base`, or only those of them in `sizes`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: int = Field(gt=1)
+    step: int = Field(64, gt=0)
+    sizes: tuple[Size, ...] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _sizes_of_the_rule(self) -> "BucketConfig":
+        rule = bucket_sizes(self.base, self.step)
+        odd = [size for size in self.sizes or () if size not in rule]
+        if odd:
+            raise ValueError(
+                f"buckets of base {self.base} and step {self.step} have no {odd[0][0]}x{odd[0][1]}"
+                f": choose sizes from {', '.join(f'{h}x{w}' for h, w in rule)}"
+            )
+        return self
+
+    def chosen(self) -> tuple[Size, ...]:
+        """From widest to tallest."""
+        rule = bucket_sizes(self.base, self.step)
+        return tuple(size for size in rule if self.sizes is None or size in self.sizes)
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
@@ -46,14 +73,27 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
     )
 
 
-def assign(sizes: Sequence[Size], buckets: Sequence[Size], least: int = 1) -> Index:
-    """Bucket (N,) of every image.
+def nearest_buckets(sizes: npt.ArrayLike, buckets: Sequence[Size]) -> Index:
+    """`nearest_bucket` of all sizes (N, 2) -> (N,)"""
+    sides = np.asarray(sizes)
+    if len(sides) and sides.min() < 1:
+        raise ValueError(f"an image of size {tuple(sides.min(axis=0).tolist())} has no ratio")
+    ratios = np.log([h / w for h, w in buckets])
+    found = [
+        np.abs(np.log(part[:, :1] / part[:, 1:]) - ratios).argmin(axis=1)
+        for part in (sides[i : i + CHUNK] for i in range(0, len(sides), CHUNK))
+    ]
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
+def assign(sizes: npt.ArrayLike, buckets: Sequence[Size], least: int = 1) -> Index:
+    """Bucket (N,) of every image, sizes (N, 2).
 
     Raises ValueError naming the buckets that got fewer than `least` images: the model would never
     learn these shapes. `least` is the batch of all processes for `epoch_batches`.
     """
-    chosen = np.array([nearest_bucket(size, buckets) for size in sizes], np.int64)
-    counts = Counter(chosen.tolist())
+    chosen = nearest_buckets(sizes, buckets)
+    counts = np.bincount(chosen, minlength=len(buckets))
     poor = [f"{h}x{w} ({counts[i]})" for i, (h, w) in enumerate(buckets) if counts[i] < least]
     if poor:
         raise ValueError(
@@ -120,14 +160,22 @@ def epoch_batches(
         yield bucket, images[rank * batch_size : (rank + 1) * batch_size]
 
 
-def sampler(assignment: Index) -> Callable[[np.random.Generator, int], tuple[int, Index]]:
+def sampler(
+    assignment: Index, weight: npt.NDArray[np.float64] | None = None
+) -> Callable[[np.random.Generator, int], tuple[int, Index]]:
     """Draws for the training loop, which seeds every piece of a step: a bucket as likely as it has
-    images, then `count` of its images."""
+    images, then `count` of its images. With weights (N,) a bucket is as likely as its images weigh,
+    and an image by its weight, each time anew."""
     buckets, sizes = np.unique(assignment, return_counts=True)
     members: list[Any] = [np.flatnonzero(assignment == bucket) for bucket in buckets]
+    sums = [np.cumsum(weight[rows]) for rows in members] if weight is not None else []
+    mass = np.array([total[-1] for total in sums]) if sums else sizes
 
     def draw(rng: np.random.Generator, count: int) -> tuple[int, Index]:
-        i = int(rng.choice(len(buckets), p=sizes / sizes.sum()))
+        i = int(rng.choice(len(buckets), p=mass / mass.sum()))
+        if sums:
+            places = np.searchsorted(sums[i], rng.random(count) * sums[i][-1], "right")
+            return int(buckets[i]), members[i][places]
         return int(buckets[i]), rng.choice(members[i], count, replace=count > len(members[i]))
 
     return draw

@@ -1,16 +1,19 @@
 """Runs filters over metadata parts. A filter only writes columns beside the metadata; what they
 mean for a row is decided later, by a query (`select`).
 
-A filter's columns lie in `columns/<filter>/part-*.parquet` under a key of its settings, its inputs
-and its models: an unchanged filter is not run again, a killed one goes on after its last part.
+A filter's columns lie in `columns/<filter>/part-*.parquet` under a key of its code, its settings,
+its inputs and its models: an unchanged filter is not run again, a killed one goes on after its last
+part.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,19 @@ from taiji.data.metadata import (
 )
 from taiji.data.workers import Engine, run_tasks
 
-VERSION = 1  # of what the filters compute: a change makes their columns anew
+# The modules beside this one that compute a filter's columns: a change in them makes these anew.
+CODE = {
+    "caption": ("caption_filters",),
+    "image": ("image_filters", "metadata"),
+    "clip": ("clip_filters", "metadata"),
+    "heads": ("clip_filters", "metadata"),
+    "domain": ("domains", "clip_filters", "metadata"),
+    "evaluation": (
+        "decontaminate", "caption_filters", "duplicates", "image_filters", "metadata", "filters",
+    ),
+    "duplicates": ("duplicates", "metadata", "filters"),
+}  # fmt: skip
+SCORER_CODE = ("image_filters", "metadata")
 PIXELS = ("file", "offset", "bytes")
 AFTER = {
     "heads": ("clip",),
@@ -136,14 +151,24 @@ def run_filters(
 
 
 def filter_keys(filters: Filters, metadata: str, scorers: Sequence[str] = ()) -> dict[str, str]:
-    """What each filter's columns depend on: its settings, its inputs, the filters before it."""
+    """What a filter's columns depend on: code, settings, inputs, and the filters before it."""
     keys: dict[str, str] = {}
     for name in type(filters).model_fields:
         config = getattr(filters, name)
         if config is not None:
             before = {other: keys[other] for other in AFTER.get(name, ()) if other in keys}
-            keys[name] = json_hash([VERSION, metadata, content_of(config), before])
-    return keys | {name: json_hash([VERSION, metadata, name]) for name in scorers}
+            code = code_hash(CODE[name])
+            keys[name] = json_hash([code, metadata, content_of(config), before])
+    return keys | {n: json_hash([code_hash(SCORER_CODE), metadata, n]) for n in scorers}
+
+
+@cache
+def code_hash(modules: tuple[str, ...]) -> str:
+    """SHA-256 over the files of modules beside this one."""
+    digest = hashlib.sha256()
+    for name in modules:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()
 
 
 def _report(path: Path) -> dict[str, str]:

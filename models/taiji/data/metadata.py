@@ -172,7 +172,9 @@ def decode(data: bytes) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return image.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:  # its text is of an object in memory
+        raise ValueError("not a readable image") from error
+    except Image.DecompressionBombError as error:
         raise ValueError(f"not a readable image: {error}") from error
     except (OSError, SyntaxError, IndexError, EOFError) as error:  # what Pillow's decoders raise
         raise ValueError(f"damaged image: {error}") from error

@@ -1,15 +1,15 @@
 """Reads a data set by its manifest: single samples with the manifest's weights, or a stream.
 
-B samples of a draw.
+N samples of the set, B of a draw.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from PIL import Image
 
 from taiji.data.manifest import MANIFEST, Manifest, read_manifest, sample_factors
 from taiji.data.metadata import decode
+from taiji.data.shards import LISTED
 
 Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The samples of a manifest: which shard (N), where in it (N), and the odds to be drawn (N)."""
+    """The samples of a manifest: which shard (N), where in it (N), height and width (N, 2), and
+    each one's share of the draws (N). Images and captions stay on the disk."""
 
     folder: Path
     manifest: Manifest
@@ -35,46 +37,104 @@ class Reader:
     shard: Rows
     offset: Rows
     size: Rows
-    cumulative: npt.NDArray[np.float64]
+    sides: npt.NDArray[np.int32]
+    weight: npt.NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.shard)
+
+    @cached_property
+    def cumulative(self) -> npt.NDArray[np.float64]:
+        total = np.cumsum(self.weight)
+        return total / total[-1]
 
     def draw(self, rng: np.random.Generator, count: int) -> Rows:
         """Sample numbers (B,): domains by their shares, samples by their factors."""
         return np.searchsorted(self.cumulative, rng.random(count), "right")
 
     def read(self, number: int) -> tuple[Image.Image, dict[str, Any]]:
-        """The RGB image of a sample and its record (id, caption, domain, width, height, url)."""
-        name = self.manifest.shards[self.shard[number]].name
-        with (self.folder / "shards" / f"{name}.tar").open("rb") as handle:
-            handle.seek(self.offset[number])
-            blob = handle.read(self.size[number])
+        """The RGB image of a sample and its record (id, caption, domain, width, height, url).
+
+        Raises ValueError, naming the sample, for an image or a record that is damaged.
+        """
+        files = self._files(number, with_image=True)
+        record = self._record(number, files)
+        try:
+            return decode(files.get("image", b"")), record
+        except ValueError as error:
+            raise ValueError(f"{self.name(number)}: {error}") from error
+
+    def record(self, number: int) -> dict[str, Any]:
+        """The record alone; the image is passed over."""
+        return self._record(number, self._files(number, with_image=False))
+
+    def name(self, number: int) -> str:
+        """ "shard/id" """
+        return f"{self._shard_name(number)}/{self.ids[number].as_py().hex()}"
+
+    def captions(self) -> Iterator[str]:
+        """All N as the shards list them, a shard at a time."""
+        for shard in self.manifest.shards:
+            yield from _listed(self.folder, shard.name, ["caption"])["caption"].to_pylist()
+
+    def _shard_name(self, number: int) -> str:
+        return self.manifest.shards[self.shard[number]].name
+
+    def _files(self, number: int, *, with_image: bool) -> dict[str, bytes]:
+        """ "json" and "image" of a sample; what is damaged is not there."""
         files: dict[str, bytes] = {}
-        with tarfile.open(fileobj=io.BytesIO(blob), mode="r:") as archive:
-            for entry in archive:
-                content = archive.extractfile(entry)
-                assert content is not None  # shards hold regular files alone
-                files[entry.name.partition(".")[2]] = content.read()
-        record = json.loads(files.pop("json"))
-        files.pop("txt")
-        return decode(files.popitem()[1]), record
+        key = self.ids[number].as_py().hex()
+        path = self.folder / "shards" / f"{self._shard_name(number)}.tar"
+        try:
+            with path.open("rb") as handle:
+                handle.seek(self.offset[number])
+                with tarfile.open(fileobj=handle, mode="r:") as archive:
+                    for entry in archive:
+                        found, _, suffix = entry.name.partition(".")
+                        if found != key or suffix == "txt":  # of another sample; the last
+                            break
+                        kind = "json" if suffix == "json" else "image"
+                        content = archive.extractfile(entry)
+                        if content is not None and (kind == "json" or with_image):
+                            files[kind] = content.read()
+        except (OSError, tarfile.TarError) as error:
+            raise ValueError(f"{self.name(number)}: {error}") from error
+        return files
+
+    def _record(self, number: int, files: dict[str, bytes]) -> dict[str, Any]:
+        try:
+            record: dict[str, Any] = json.loads(files["json"])
+            caption = record["caption"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.name(number)}: damaged record") from error
+        if not isinstance(caption, str) or not caption.strip() or "\ufffd" in caption:
+            raise ValueError(f"{self.name(number)}: the caption is empty or badly decoded")
+        return record
 
 
 def open_reader(path: Path) -> Reader:
     """Of a manifest file, or of the `manifest.json` in a folder.
 
     Raises:
-        FileNotFoundError: the manifest or a shard's list is missing.
-        ValueError: the manifest was edited.
+        FileNotFoundError: the manifest, a shard or its list is missing.
+        ValueError: the manifest was edited, a shard is not as long as it says, or its list is of
+            an earlier version.
     """
     manifest = read_manifest(path)
     folder = path if path.is_dir() else path.parent
-    tables = [pq.read_table(folder / "shards" / f"{s.name}.parquet") for s in manifest.shards]
+    for record in manifest.shards:
+        tar = folder / "shards" / f"{record.name}.tar"
+        if not tar.is_file():
+            raise FileNotFoundError(f"{tar} is missing: run `hcf data shard` on the set's recipe")
+        if tar.stat().st_size != record.bytes:
+            raise ValueError(
+                f"{tar} has {tar.stat().st_size} bytes, the manifest says {record.bytes}: it was "
+                "cut or changed; run `hcf data shard` on the set's recipe"
+            )
+    columns = ["id", "offset", "bytes", "width", "height"]
+    tables = [_listed(folder, record.name, columns) for record in manifest.shards]
     table = pa.concat_tables(tables)
-    lengths = [len(t) for t in tables]
-    shard = np.repeat(np.arange(len(tables)), lengths)
-    weight = _weights(manifest, folder, table["id"], shard)
+    shard = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
     return Reader(
         folder,
         manifest,
@@ -82,8 +142,19 @@ def open_reader(path: Path) -> Reader:
         shard,
         table["offset"].to_numpy(),
         table["bytes"].to_numpy(),
-        np.cumsum(weight) / weight.sum(),
+        np.stack([table["height"].to_numpy(), table["width"].to_numpy()], axis=1),
+        _weights(manifest, folder, table["id"], shard),
     )
+
+
+def _listed(folder: Path, name: str, columns: list[str]) -> pa.Table:
+    path = folder / "shards" / f"{name}.parquet"
+    if not LISTED <= set(pq.read_schema(path).names):
+        raise ValueError(
+            f"{path} does not list sizes and captions, it is of an earlier version: run `hcf data "
+            "shard` on the set's recipe, which leaves the shards as they are"
+        )
+    return pq.read_table(path, columns=columns)
 
 
 def _weights(

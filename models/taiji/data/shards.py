@@ -34,11 +34,12 @@ from taiji.data.metadata import (
     write_json,
     write_table,
 )
-from taiji.data.tar import END, members, tar_bytes
+from taiji.data.tar import END, Member, members, tar_bytes
 from taiji.data.workers import Engine, run_tasks
 
 SAMPLES = 10_000
 FIELDS = ("id", "url", "file", "offset", "bytes", "caption", "domain")
+LISTED = {"id", "offset", "bytes", "width", "height", "caption"}
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ def write_shard(task: ShardTask) -> Shard:
     final = task.folder / f"{task.name}.tar"
     report, listed = final.with_suffix(".json"), final.with_suffix(".parquet")
     if (done := _finished(report, key)) and final.is_file() and final.stat().st_size == done.bytes:
+        if not listed.is_file() or not LISTED <= set(pq.read_schema(listed).names):
+            write_table(sample_table(final), listed)  # an earlier version listed less
         return done
     for stale in (final, report, listed):
         stale.unlink(missing_ok=True)
@@ -180,7 +183,7 @@ def _write_samples(
 ) -> tuple[dict[str, str], ...]:
     """Appends the samples that `part` lacks; the rows that cannot be written, with the reason."""
     written = _whole_samples(part)
-    done, end = {key for key, _, _ in written}, written[-1][2] if written else 0
+    done, end = {key for key, *_ in written}, written[-1][2] if written else 0
     last = max((i for i, row in enumerate(rows) if row["id"].hex() in done), default=-1)
     skipped = []
     with part.open("r+b" if part.exists() else "wb") as handle:
@@ -233,17 +236,20 @@ def _sample(row: dict[str, Any], root: Path) -> dict[str, bytes]:
     }
 
 
-def _whole_samples(path: Path) -> list[tuple[str, int, int]]:
-    """(key, start, end) of the samples of which every member is there; `.txt` is the last one."""
-    found: list[tuple[str, int, int]] = []
-    start = 0
+def _whole_samples(path: Path) -> list[tuple[str, int, int, Member]]:
+    """(key, start, end, record) of the samples of which every member is there; `.txt` is the last
+    one, `.json` the record."""
+    found: list[tuple[str, int, int, Member]] = []
+    start, record = 0, None
     if not path.exists():
         return found
     try:
         for member in members(path):
             key, _, suffix = member.name.partition(".")
-            if suffix == "txt":
-                found.append((key, start, member.end))
+            if suffix == "json":
+                record = member
+            elif suffix == "txt" and record is not None:
+                found.append((key, start, member.end, record))
                 start = member.end
     except ValueError:  # a part may end anywhere
         pass
@@ -251,12 +257,17 @@ def _whole_samples(path: Path) -> list[tuple[str, int, int]]:
 
 
 def sample_table(path: Path) -> pa.Table:
-    """id, offset and bytes of each sample in a tar, in its order."""
+    """The columns LISTED of each sample in a tar, in its order."""
     found = _whole_samples(path)
+    with path.open("rb") as handle:
+        records = [json.loads(record.read(handle)) for *_, record in found]
     return pa.table(
         {
-            "id": pa.array([bytes.fromhex(key) for key, _, _ in found], pa.binary(16)),
-            "offset": pa.array([start for _, start, _ in found], pa.int64()),
-            "bytes": pa.array([end - start for _, start, end in found], pa.int64()),
+            "id": pa.array([bytes.fromhex(key) for key, *_ in found], pa.binary(16)),
+            "offset": pa.array([start for _, start, _, _ in found], pa.int64()),
+            "bytes": pa.array([end - start for _, start, end, _ in found], pa.int64()),
+            "width": pa.array([record["width"] for record in records], pa.int32()),
+            "height": pa.array([record["height"] for record in records], pa.int32()),
+            "caption": pa.array([record["caption"] for record in records], pa.string()),
         }
     )

@@ -4,7 +4,6 @@ B batch.
 """
 
 import re
-from dataclasses import replace
 from random import Random
 
 import torch
@@ -31,8 +30,9 @@ class CaptionConfig(BaseModel):
     """What is done to a corpus's captions.
 
     `style` is a prefix for the whole corpus, put before a share of the captions. A share of the
-    captions is lengthened to `characters`. `drop_both` and `drop_one` are the shares of rows that
-    lose both text encoders, and each one alone.
+    captions is lengthened to `characters`, or to any length from `least_characters` on: words must
+    be found wherever they stand. `drop_both` and `drop_one` are the shares of rows that lose both
+    text encoders, and each one alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +42,7 @@ class CaptionConfig(BaseModel):
     style_share: float = Field(0.75, ge=0, le=1)
     long_share: float = Field(0.0, ge=0, le=1)
     characters: int = Field(128, gt=0)
+    least_characters: int | None = Field(None, gt=0)
     drop_both: float = Field(0.1, ge=0, le=1)
     drop_one: float = Field(0.05, ge=0, le=0.5)
 
@@ -50,6 +51,10 @@ class CaptionConfig(BaseModel):
         if self.drop_both + 2 * self.drop_one > 1:
             raise ValueError(
                 f"drop_both={self.drop_both} and twice drop_one={self.drop_one} exceed all rows"
+            )
+        if self.least_characters is not None and self.least_characters > self.characters:
+            raise ValueError(
+                f"least_characters={self.least_characters} exceeds characters={self.characters}"
             )
         return self
 
@@ -67,25 +72,15 @@ def only_chinese(corpus: Corpus, floor: float) -> tuple[Corpus, int]:
 
     Raises ValueError when none is left.
     """
-    first = len(corpus.rows)
-    rows = [i for i, row in enumerate(corpus.rows) if chinese_share(row["label"]) >= floor]
-    scenes = [i for i, s in enumerate(corpus.scenes) if chinese_share(shapes.caption(s)) >= floor]
-    keep = rows + [first + i for i in scenes]
-    if not keep:
+    if not floor:  # nothing can be under it
+        return corpus, 0
+    kept, left_out = corpus.only(lambda text: chinese_share(text) >= floor)
+    if not len(kept):
         raise ValueError(
-            f"none of {len(corpus.images)} captions has a Chinese share of {floor}: check their "
+            f"none of {len(corpus)} captions has a Chinese share of {floor}: check their "
             "language or lower min_chinese"
         )
-    if len(keep) == len(corpus.images):
-        return corpus, 0
-    kept = replace(
-        corpus,
-        images=corpus.images[keep],
-        concept=corpus.concept[keep],
-        rows=tuple(corpus.rows[i] for i in rows),
-        scenes=tuple(corpus.scenes[i] for i in scenes),
-    )
-    return kept, len(corpus.images) - len(keep)
+    return kept, left_out
 
 
 def lengthen(text: str, characters: int, rng: Random) -> str:
@@ -104,7 +99,9 @@ def prepare(text: str, rng: Random, config: CaptionConfig) -> str:
     if config.style is not None and rng.random() < config.style_share:
         text = f"{config.style}，{text}"
     if config.long_share and rng.random() < config.long_share:
-        text = lengthen(text, config.characters, rng)
+        least = config.least_characters
+        length = config.characters if least is None else rng.randint(least, config.characters)
+        text = lengthen(text, length, rng)
     return text
 
 

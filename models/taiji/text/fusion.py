@@ -9,7 +9,8 @@ B batch, S1/S2 tokens of ImageCLIP and Sandwich, D context width, P1 ImageCLIP p
 D2 Sandwich width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -48,6 +49,10 @@ class TextFusion(ModelMixin, ConfigMixin):
     For ablations `encoders` leaves one encoder out and `use_pooled=False` the pooled vector. The
     left-out encoder has no tokens; in the form "channels" its half of the width stays, as padding.
     A pooled half that is left out is zero, so that one U-Net fits every choice.
+
+    `modulate_pooled`: ImageCLIP's CLS tells of the beginning of a long text alone, and a frozen
+    U-Net believes it. Pooled Sandwich, which has read it all, scales and shifts it (FiLM, Perez et
+    al., arXiv 1709.07871, with one scale); new weights are zero and change nothing.
     """
 
     @register_to_config
@@ -62,6 +67,7 @@ class TextFusion(ModelMixin, ConfigMixin):
         form: Form = "tokens",
         encoders: Encoders = "both",
         use_pooled: bool = True,
+        modulate_pooled: bool = False,
     ) -> None:
         super().__init__()
         for name, value, known in (("form", form, Form), ("encoders", encoders, Encoders)):
@@ -77,6 +83,11 @@ class TextFusion(ModelMixin, ConfigMixin):
         self.clip_proj = _project(clip_width, context_width) if clip else None
         self.sandwich_proj = _project(sandwich_width, context_width) if sandwich else None
         self.pool = AttentionPool(sandwich_width) if sandwich and use_pooled else None
+        self.modulate = None
+        if self.pool is not None and modulate_pooled:
+            self.modulate = nn.Linear(sandwich_width, 1 + clip_projection)
+            nn.init.zeros_(self.modulate.weight)
+            nn.init.zeros_(self.modulate.bias)
         self.shares = [clip * clip_tokens, sandwich * sandwich_tokens]
         shape = (sum(self.shares), context_width)
         if form == "channels":
@@ -94,8 +105,8 @@ class TextFusion(ModelMixin, ConfigMixin):
         """Context (B, S1+S2, D) or (B, S, 2D) and pooled (B, P1+D2), of states and masks (B, S).
 
         An encoder whose mask is all zero in a row is absent there: its part of the context is
-        padding and its half of the pooled vector is zero. Both absent is the null condition of
-        guidance.
+        padding and its half of the pooled vector is zero, but for the shift of a modulated one.
+        Both absent is the null condition of guidance.
         """
         clip_mask, sandwich_mask = clip_mask.bool(), sandwich_mask.bool()
         if self.config["form"] == "channels":
@@ -111,6 +122,31 @@ class TextFusion(ModelMixin, ConfigMixin):
         )
         return context, self._pooled(clip_pooled, clip_mask, sandwich_hidden, sandwich_mask)
 
+    def lengthened(self, sandwich_tokens: int, *, modulate_pooled: bool = False) -> "TextFusion":
+        """The same fusion for `sandwich_tokens` tokens of Sandwich, their padding vectors repeated;
+        `modulate_pooled` is added to one that has none.
+
+        Raises ValueError for a length below its own, and for the form "channels", where ImageCLIP
+        would have to read as many.
+        """
+        held = self.config["sandwich_tokens"]
+        if sandwich_tokens < held:
+            raise ValueError(f"sandwich_tokens={sandwich_tokens} is below the fusion's {held}")
+        if self.config["form"] == "channels":
+            raise ValueError(
+                "form='channels' joins the encoders position by position: Sandwich alone cannot "
+                "read more tokens; use form='tokens'"
+            )
+        modulate = modulate_pooled or self.config["modulate_pooled"]
+        settings = {k: v for k, v in self.config.items() if not k.startswith("_")}
+        settings |= {"sandwich_tokens": sandwich_tokens, "modulate_pooled": modulate}
+        fusion = type(self)(**settings)
+        padding, share = self.padding.detach(), self.shares[0]
+        index = torch.arange(fusion.shares[1]) % held
+        padding = torch.cat([padding[:share], padding[share:][index]])
+        fusion.load_state_dict({**fusion.state_dict(), **self.state_dict(), "padding": padding})
+        return fusion.to(padding).train(self.training)
+
     def _pooled(
         self, clip_pooled: Tensor, clip_mask: Tensor, sandwich: Tensor, sandwich_mask: Tensor
     ) -> Tensor:
@@ -122,7 +158,11 @@ class TextFusion(ModelMixin, ConfigMixin):
         if self.pool is None:
             return torch.cat([clip, torch.zeros_like(sandwich[:, 0])], dim=1)
         pooled = self.pool(sandwich, sandwich_mask)
-        return torch.cat([clip, pooled * sandwich_mask.any(1, keepdim=True).to(pooled.dtype)], 1)
+        there = sandwich_mask.any(1, keepdim=True).to(pooled.dtype)
+        if self.modulate is not None:
+            scale, shift = (self.modulate(pooled) * there).split([1, clip.shape[1]], dim=1)
+            clip = clip * (1 + scale) + shift
+        return torch.cat([clip, pooled * there], dim=1)
 
 
 def _padded(project: nn.Module | None, hidden: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
@@ -132,6 +172,31 @@ def _padded(project: nn.Module | None, hidden: Tensor, mask: Tensor, padding: Te
         return padding.to(hidden.dtype).expand(hidden.shape[0], *padding.shape)
     states = project(hidden)
     return torch.where(mask[..., None], states, padding.to(states.dtype))
+
+
+@contextmanager
+def left_out(
+    fusion: TextFusion, *, encoders: Encoders = "both", use_pooled: bool = True
+) -> Iterator[None]:
+    """Inside, `fusion` answers as without an encoder or the pooled text: the ablations of a model
+    that has both. Absence is what it was trained with, by `drop_conditions`: padding and zeros."""
+
+    def masks(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, pooled, clip_mask, sandwich, mask = inputs
+        clip_mask = clip_mask * (encoders != "sandwich")
+        return hidden, pooled, clip_mask, sandwich, mask * (encoders != "image_clip")
+
+    def pooled(
+        _: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return output[0], output[1] * use_pooled
+
+    hooks = fusion.register_forward_pre_hook(masks), fusion.register_forward_hook(pooled)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def unet_condition(config: Mapping[str, Any], pooled: Tensor, time_ids: Tensor) -> dict[str, Any]:

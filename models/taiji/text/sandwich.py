@@ -143,6 +143,25 @@ class SandwichTextEncoder(ModelMixin, ConfigMixin):
             raise ValueError(f"{folder} does not fit its config.json: {error}") from error
         return encoder.eval()
 
+    def lengthened(self, max_length: int) -> "SandwichTextEncoder":
+        """The same encoder for `max_length` tokens: its position embeddings are repeated, as
+        Longformer does (Beltagy et al., arXiv 2004.05150, section 5), for copies of trained ones
+        keep what attention has learned of near tokens and new ones would not.
+
+        Raises ValueError for a length below its own.
+        """
+        position = self.position.weight
+        if max_length < len(position):
+            raise ValueError(
+                f"max_length={max_length} is below the encoder's {len(position)} tokens: a text is "
+                "cut where it is tokenized, the encoder needs no change"
+            )
+        settings = {k: v for k, v in self.config.items() if not k.startswith("_")}
+        encoder = type(self)(**{**settings, "max_length": max_length})
+        index = torch.arange(max_length) % len(position)
+        encoder.load_state_dict({**self.state_dict(), "position.weight": position.detach()[index]})
+        return encoder.to(position).train(self.training)
+
     def layer_of(self, name: str) -> int:
         """Depth of a parameter: 0 for the embeddings, then 1 for each two sublayers, to `layers`.
         What stands behind the last sublayer belongs to the last layer."""

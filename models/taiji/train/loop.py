@@ -43,6 +43,8 @@ def run(
     config: LoopConfig,
     folder: Path,
     log: Log = print,
+    data: dict[str, str] | None = None,
+    *,
     probe: Probe | None = None,
 ) -> dict[str, float]:
     """Minimises `objective(**batch, generator=g) -> (loss, parts)`; leaves EMA weights in it.
@@ -50,6 +52,7 @@ def run(
     `draw(rng, size)` gives one piece of a batch. State goes to `folder`/checkpoints and metrics to
     `folder`/log.jsonl; a run that finds a checkpoint there goes on from it. Returns the last
     averaged metrics. What changes while training must be a parameter or a persistent buffer.
+    Checkpoints name `data`, hashes of what is drawn from.
 
     An objective with `turns` is called once a turn, with `turn=name, step=i`; `parameters_of(turn)`
     says what that turn's optimiser updates, `lr_scales[turn]` its factor on the learning rate,
@@ -58,9 +61,9 @@ def run(
     rate of each group.
 
     Raises FloatingPointError when steps stay non-finite, naming the last good checkpoint, and
-    ValueError when the checkpoint in `folder` is of another recipe or model.
+    ValueError when the checkpoint in `folder` is of another recipe, model or data.
     """
-    session = open_session(objective, draw, config, folder, log)
+    session = open_session(objective, draw, config, folder, log, data)
     resume(session)
     session.begun = time.monotonic()
     _track(session)

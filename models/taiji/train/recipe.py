@@ -9,6 +9,8 @@ import torch
 import yaml
 from pydantic import Field, TypeAdapter
 
+from taiji.data.corpus import SKIPPED, CorpusConfig, source_of
+from taiji.data.shard_corpus import listed
 from taiji.train.checkpoint import changes, other_recipe, write_text
 from taiji.train.loop import Log
 from taiji.train.parallel import close, rank
@@ -67,31 +69,61 @@ def train(path: Path, overrides: dict[str, Any] | None = None, log: Log = print)
     Raises ValueError when `work` holds the checkpoint of another recipe.
     """
     recipe = read_recipe(path, overrides)
-    said = recipe.model_dump(mode="json", exclude={"model": True, "work": True, "data": {"emoji"}})
-    _same_recipe(recipe, said)
+    said, source = settings(recipe), _source(recipe)
+    _same_recipe(recipe, said, source)
     first = rank() == 0
     try:
         metrics = PHASES[recipe.phase](recipe, log if first else _silent)
     finally:
         close()
-    history = recipe.model / "training.json"
+    if first:
+        _record(recipe, said, source, metrics)
+    return recipe.model
+
+
+def settings(recipe: Any, *, exclude_defaults: bool = False) -> dict[str, Any]:
+    """All that a recipe says but where things are; a data set is named by its hash elsewhere."""
+    places = {"model": True, "work": True, "latents": True, "data": {"emoji", "manifest"}}
+    said: dict[str, Any] = recipe.model_dump(
+        mode="json", exclude=places, exclude_defaults=exclude_defaults
+    )
+    return said
+
+
+def _source(recipe: Any) -> dict[str, str]:
+    data = getattr(recipe, "data", None)
+    return source_of(data) if isinstance(data, CorpusConfig) else {}
+
+
+def _record(recipe: Any, said: dict[str, Any], source: dict[str, str], metrics: Any) -> None:
+    """The run in training.json: its recipe, its data, and what was measured."""
+    history, skipped = recipe.model / "training.json", recipe.work / SKIPPED
     runs = json.loads(history.read_text()) if history.exists() else {}
-    runs[recipe.phase] = {
+    run = {
         "recipe": said,
+        "data": source,
         "metrics": metrics,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    write_text(history, json.dumps(runs, ensure_ascii=False, indent=2))
-    return recipe.model
+    if "data" in said and "manifest" not in source:
+        run["data"] = {**source, "corpus": said["data"]}
+    if skipped.is_file():
+        run["skipped_samples"] = len(listed(skipped.read_bytes()))
+    write_text(history, json.dumps({**runs, recipe.phase: run}, ensure_ascii=False, indent=2))
 
 
-def _same_recipe(recipe: Any, said: dict[str, Any]) -> None:
+def _same_recipe(recipe: Any, said: dict[str, Any], source: dict[str, str]) -> None:
     """Keeps the recipe in `work`, and compares it where a checkpoint is there already. The loop's
     own keys are in each checkpoint."""
     kept, now = recipe.work / "recipe.json", {k: v for k, v in said.items() if k != "loop"}
+    if "data" in now:
+        now["data"] = {"manifest": None, "buckets": None, **now["data"], **source}
     if kept.exists() and any(recipe.work.glob("**/checkpoints/*/state.json")):
-        differing = changes(json.loads(kept.read_text()), now, recipe.loop.accept_changes)
+        before = json.loads(kept.read_text())
+        if "data" in before:  # by an earlier version: of the mini corpus
+            before["data"] = {"manifest": None, "buckets": None, **before["data"]}
+        differing = changes(before, now, recipe.loop.accept_changes)
         if differing:
             raise ValueError(other_recipe(recipe.work, differing))
     recipe.work.mkdir(parents=True, exist_ok=True)

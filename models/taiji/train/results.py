@@ -12,8 +12,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from taiji.train.checkpoint import write_text
-from taiji.train.recipe import read_recipe
+from taiji.train.checkpoint import changes, write_text
+from taiji.train.recipe import read_recipe, settings
 
 
 def cpu_name(listing: Path = Path("/proc/cpuinfo")) -> str:
@@ -34,8 +34,8 @@ def record(recipe: Path) -> Path:
     run = runs.get(config.phase)
     if run is None:
         raise FileNotFoundError(f"no run of {recipe} in {history}: hcf train {recipe}")
-    said = config.model_dump(mode="json", exclude={"model": True, "work": True, "data": {"emoji"}})
-    odd = [key for key, value in said.items() if run["recipe"].get(key) != value]
+    odd = changes(run["recipe"], settings(config), ())
+    odd += _added(run["recipe"], settings(config, exclude_defaults=True))
     if odd:
         raise ValueError(f"{history} is of a run with another {odd[0]}: hcf train {recipe}")
     found = {
@@ -52,6 +52,18 @@ def record(recipe: Path) -> Path:
     target = folder / f"{recipe.stem}.json"
     write_text(target, json.dumps(found, ensure_ascii=False, indent=2) + "\n")
     return target
+
+
+def _added(run: dict[str, Any], chosen: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys that the recipe sets and the run did not know. Keys that came later and are at
+    their defaults leave what was run as it is."""
+    found = []
+    for key, value in chosen.items():
+        if key not in run:
+            found.append(f"{prefix}{key}: -> {value}")
+        elif isinstance(value, dict) and isinstance(run[key], dict):
+            found += _added(run[key], value, f"{prefix}{key}.")
+    return found
 
 
 if __name__ == "__main__":

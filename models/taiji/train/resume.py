@@ -45,8 +45,9 @@ def resume(session: Session) -> None:
 def _restore(session: Session, path: Path) -> None:
     """Everything as it was in the checkpoint `path`; later lines of the log are dropped."""
     saved = Progress(**read_state(path))
-    now = {"loop": session.config.relevant()}
-    differing = changes({"loop": saved.loop}, now, session.config.accept_changes)
+    now = {"loop": session.config.relevant(), "data": session.data}
+    was = {"loop": saved.loop, "data": saved.data}
+    differing = changes(was, now, session.config.accept_changes)
     if differing:
         raise ValueError(other_recipe(path, differing))
     if saved.step > session.config.steps:
@@ -63,7 +64,7 @@ def _restore(session: Session, path: Path) -> None:
     )
     if session.has_engine:
         refresh_masters(session.module)
-    saved.loop = now["loop"]
+    saved.loop, saved.data = now["loop"], now["data"]
     session.progress, session.begun = saved, time.monotonic()
     session.ema.optimization_step = saved.ema_step
     log_file = session.folder / LOG_FILE

@@ -40,6 +40,7 @@ class Progress(BaseModel):
     pending: dict[str, list[float]] = {}
     metrics: dict[str, float] = {}
     loop: dict[str, Any] = {}
+    data: dict[str, str] = {}
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Session:
     meter: Meter
     progress: Progress
     begun: float
+    data: dict[str, str]
     counter: FlopCounter | None = None
 
     @property
@@ -76,7 +78,12 @@ class Session:
 
 
 def open_session(
-    objective: nn.Module, draw: Draw, config: LoopConfig, folder: Path, log: Log
+    objective: nn.Module,
+    draw: Draw,
+    config: LoopConfig,
+    folder: Path,
+    log: Log,
+    data: dict[str, str] | None = None,
 ) -> Session:
     turns = turns_of(objective)
     for turn in turns:
@@ -123,8 +130,9 @@ def open_session(
         averaged=averaged,
         ema=ema,
         meter=Meter(config.batch_size, given_flops(objective)),
-        progress=Progress(loop=config.relevant()),
+        progress=Progress(loop=config.relevant(), data=data or {}),
         begun=time.monotonic(),
+        data=data or {},
     )
 
 

@@ -5,22 +5,30 @@ take who from an image and what it does from the text, on pairs of one pack; it 
 characters that neither base nor adapter has seen. A LoRA learns one such character from three
 images under a rare word.
 
-B batch, C latent channels, h w latent grid, L tokens of an image and Df their width.
+Before it meets the U-Net the image's projection may be aligned with the text: its tokens regress on
+the states that the text side has for words saying the same, as AlignerNet's do (Kosmos-G: Pan et
+al., arXiv 2310.02992, section 2.2). The denoising loss then starts from an image that reads like
+words, and needs no U-Net to find out what tells characters apart.
+
+B batch, C latent channels, h w latent grid, L tokens of the image tower and Df their width, T image
+tokens, D context width.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from taiji.adapters.decoupled import (
     adapter_parameters,
     attach,
     image_condition,
+    image_projection,
     new_ip_adapter,
     save_ip_adapter,
     set_scale,
@@ -35,11 +43,12 @@ from taiji.diffusion.losses import denoising_loss, diffusion_target
 from taiji.pipelines import TaijiStableDiffusionPipeline
 from taiji.text.fusion import unet_condition
 from taiji.train.checkpoint import save_component
-from taiji.train.loop import Batch, Log, run
+from taiji.train.loop import Batch, Log, LoopConfig, run
 from taiji.train.phases.character_base import (
     FROZEN,
     CharacterPhaseConfig,
     Draw,
+    Names,
     Packs,
     caption_tokens,
     captions,
@@ -57,9 +66,10 @@ Parts = dict[str, float]
 
 class ImageConfig(BaseModel):
     """An image adapter: `features` of the image become `tokens` tokens, by a resampler of `width`,
-    `depth` and `heads`, or by one projection. The decoupled kind is of four tokens of the pooled
-    features. A share `full_captions` of its captions says who is shown; behind the others only the
-    image does. It is judged at each of `scales`."""
+    `depth` and `heads`, or by one projection. For the decoupled kind diffusers fixes the number of
+    pooled tokens, and depth and heads. `align` trains the projection on the text's states first. A
+    share `full_captions` of its captions says who is shown; behind the others only the image does.
+    It is judged at each of `scales`, `draws` times a character and action."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,7 +80,9 @@ class ImageConfig(BaseModel):
     heads: int = Field(4, gt=0)
     drops: Drops = Drops()
     full_captions: float = Field(0.1, ge=0, le=1)
+    align: LoopConfig | None = None
     scales: tuple[float, ...] = Field((0.0, 0.25, 0.5, 1.0), min_length=1)
+    draws: int = Field(1, gt=0)
 
 
 class Config(CharacterPhaseConfig):
@@ -127,8 +139,23 @@ class ImageObjective(UNetObjective):
 
     def image(self, features: Tensor, keep: Tensor) -> AbstractContextManager[None]:
         if self.projector is None:
-            return image_condition(self.unet, features * keep[:, None])
+            rows = keep.view(-1, *[1] * (features.ndim - 1))
+            return image_condition(self.unet, features * rows)
         return image_prompt(self.unet, self.projector(features), keep=keep)
+
+
+class AlignObjective(nn.Module):
+    """Squared error of an image's tokens to the text's states for who it shows."""
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self.projection = projection
+
+    def forward(
+        self, features: Tensor, words: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Parts]:
+        """features (B, L, Df) or (B, Df), words (B, T, D)"""
+        return mse_loss(self.projection(features).float(), words), {}
 
 
 def train(config: Config, log: Log) -> dict[str, float]:
@@ -148,25 +175,37 @@ def train_image(
     log: Log,
 ) -> dict[str, float]:
     torch.manual_seed(config.loop.seed)
-    projector, kind = None, config.image.features
+    said, kind = config.image, config.image.features
+    shown = make_packs(unseen[: config.judged], config.characters, pipe)
+    plain = draw_images(pipe, asked(shown, config)[1], config)
+    projector: ImageTokens | None = None
     if config.kind == "image_tokens":
-        projector = new_projector(config.image, pipe)
+        projector = new_projector(said, pipe)
+        projection: nn.Module = projector
     else:
-        kind = "pooled"
-        attach(pipe.unet, new_ip_adapter(pipe.unet, pipe.image_clip.config.projection_dim))
-    objective = ImageObjective(pipe, config.characters.size, config.image.drops, projector)
+        sizes = (pipe.image_clip.config.projection_dim, 0, 0)
+        if kind == "patches":
+            sizes = (pipe.image_clip.config.vision_config.hidden_size, said.tokens, said.width)
+        attach(pipe.unet, new_ip_adapter(pipe.unet, *sizes))
+        projection = image_projection(pipe.unet)
+    features = features_of(pipe, packs.images, kind)
+    metrics: dict[str, float] = {}
+    if said.align is not None:
+        words = words_of(pipe, packs.who, len(projection(features[:1])[0]))
+        draw = align_draw(packs, features, words)
+        aligned = run(AlignObjective(projection), draw, said.align, config.work / "align", log)
+        metrics = {"align_loss": aligned["loss"], "align_seconds": aligned["seconds"]}
+    objective = ImageObjective(pipe, config.characters.size, said.drops, projector)
     number, share = trained_share(objective, [p for p in objective.parameters() if p.requires_grad])
     log(f"{config.kind}: {number:,} parameters are trained")
-    features = features_of(pipe, packs.images, kind)
-    draw = pair_draw(packs, features, pipe, config.image.full_captions)
-    metrics = run(objective, draw, config.loop, config.work, log)
+    draw = pair_draw(packs, features, pipe, said.full_captions)
+    metrics |= run(objective, draw, config.loop, config.work, log)
     if projector is None:
         save_ip_adapter(pipe.unet, config.model / "ip_adapter")
     else:
         save_component(projector, config.model / "image_tokens")
     metrics |= {"trained_parameters": float(number), "trained_share": share}
-    who = unseen[: config.judged]
-    return metrics | sweep(config, pipe, make_packs(who, config.characters, pipe), projector)
+    return metrics | sweep(config, pipe, shown, projector, plain)
 
 
 def new_projector(config: ImageConfig, pipe: TaijiStableDiffusionPipeline) -> ImageTokens:
@@ -190,6 +229,28 @@ def features_of(pipe: TaijiStableDiffusionPipeline, images: Pixels, kind: Featur
     return torch.cat([image_features(clip, piece, kind) for piece in pieces])
 
 
+@torch.no_grad()
+def words_of(pipe: TaijiStableDiffusionPipeline, who: Sequence[Character], count: int) -> Tensor:
+    """Characters -> (N, T, D): the first T = `count` states of the context of a character's
+    caption, the mean over its actions. Raises ValueError when the context is shorter."""
+    texts = [characters.caption(one, pose) for one in who for pose in POSES]
+    pieces = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+    context = torch.cat([pipe.encode_prompt(piece)[0] for piece in pieces])
+    if count > context.shape[1]:
+        raise ValueError(f"{count} image tokens, {context.shape[1]} of the text to align them with")
+    return context[:, :count].unflatten(0, (len(who), len(POSES))).mean(1).float()
+
+
+def align_draw(packs: Packs, features: Tensor, words: Tensor) -> Draw:
+    """Draws of an image's features with the words for who it shows."""
+
+    def draw(rng: np.random.Generator, count: int) -> Batch:
+        index = rng.integers(0, len(features), count)
+        return {"features": features[index], "words": words[index // packs.per_pack]}
+
+    return draw
+
+
 def pair_draw(
     packs: Packs, features: Tensor, pipe: TaijiStableDiffusionPipeline, share: float
 ) -> Draw:
@@ -209,35 +270,48 @@ def pair_draw(
     return draw
 
 
+def asked(packs: Packs, config: Config) -> tuple[Names, list[str]]:
+    """Every character in every pose, `draws` times: who and what, and the text of the action."""
+    wanted = [(who, pose) for who in packs.who for pose in POSES for _ in range(config.image.draws)]
+    return wanted, [characters.caption(None, pose) for _, pose in wanted]
+
+
 def sweep(
     config: Config,
     pipe: TaijiStableDiffusionPipeline,
     packs: Packs,
     projector: ImageTokens | None,
+    plain: Pixels,
 ) -> dict[str, float]:
     """Each character in every pose, by an image of it and the action word: what is read right, and
-    the cosine of ImageCLIP to the image, at each scale; at the last one without a suffix too."""
+    the cosine of ImageCLIP to the image, at each scale; at the last one without a suffix too.
+
+    `identity_error` is half of the 95 % interval of `identity`, over characters. `as_base` says
+    whether scale 0 draws `plain`, the base's images, bit for bit.
+    """
     pipe.to(pipe.unet.device)
     first = np.arange(len(packs.who)) * packs.per_pack
-    shown = first + np.arange(len(packs.who)) % packs.per_pack  # not all in one pose
-    wanted = [(who, pose) for who in packs.who for pose in POSES]
-    texts = [characters.caption(None, pose) for _, pose in wanted]
-    pooled = features_of(pipe, packs.images[shown], "pooled").repeat_interleave(len(POSES), 0)
+    shown = packs.images[first + np.arange(len(packs.who)) % packs.per_pack]  # not all in one pose
+    wanted, texts = asked(packs, config)
+    each = len(wanted) // len(packs.who)
+    pooled = features_of(pipe, shown, "pooled").repeat_interleave(each, 0)
+    features = features_of(pipe, shown, config.image.features).repeat_interleave(each, 0)
     found: dict[str, float] = {}
     for scale in config.image.scales:
         if projector is None:
             set_scale(pipe.unet, scale)
-            image: AbstractContextManager[None] = image_condition(pipe.unet, pooled)
-        elif scale:
-            shown_features = features_of(pipe, packs.images[shown], projector.config["features"])
-            with torch.no_grad():
-                tokens = projector.eval()(shown_features).repeat_interleave(len(POSES), 0)
-            image = image_prompt(pipe.unet, tokens, scale)
+            image = image_condition(pipe.unet, features)
         else:
-            image = nullcontext()
+            with torch.no_grad():
+                image = image_prompt(pipe.unet, projector.eval()(features), scale)
         with image:
             images = draw_images(pipe, texts, config)
         read = score(images, wanted)
+        rows = [score(images[i : i + each], wanted[i : i + each])["identity"]
+                for i in range(0, len(wanted), each)]  # fmt: skip
+        read["identity_error"] = 1.96 * float(np.std(rows) / max(len(rows) - 1, 1) ** 0.5)
         read["clip_i"] = float((features_of(pipe, images, "pooled") * pooled).sum(1).mean())
+        if scale == 0:
+            read["as_base"] = float(np.array_equal(images, plain))
         found |= {f"{name}_at_{scale}": value for name, value in read.items()}
     return found | read

@@ -61,6 +61,7 @@ class DenoiserObjective(nn.Module):
         *,
         upscaler: Upscaler | None = None,
         max_noise_level: float = 1.0,
+        clean_share: float = 0.0,
     ) -> None:
         super().__init__()
         self.null_ids: Tensor
@@ -72,6 +73,7 @@ class DenoiserObjective(nn.Module):
             self.vae.requires_grad_(False)
         self.scheduler, self.config = scheduler, config
         self.upscaler, self.max_noise_level = upscaler, max_noise_level
+        self.clean_share = clean_share
         self.register_buffer("null_ids", null[0], persistent=False)
         self.register_buffer("null_mask", null[1], persistent=False)
 
@@ -122,7 +124,7 @@ class DenoiserObjective(nn.Module):
         if self.upscaler is None or low is None:
             return None, None
         image = condition_image(low, self.upscaler.scale, self.upscaler.factor)
-        level = draw_levels(len(low), self.max_noise_level, generator)
+        level = draw_levels(len(low), self.max_noise_level, generator, self.clean_share)
         eps = torch.randn(image.shape, generator=generator).to(image)
         return noise_augment(image, level, eps)
 

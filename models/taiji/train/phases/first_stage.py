@@ -20,8 +20,8 @@ class Config(CorpusPhaseConfig):
 
 
 def train(config: Config, log: Log) -> dict[str, float]:
-    corpus = load(config.data)
-    log(f"{config.phase}: {len(corpus.rows)} emoji images, {len(corpus.scenes)} scenes")
+    corpus = load(config.data, config.work, log)
+    log(f"{config.phase}: {corpus}")
     torch.manual_seed(config.loop.seed)
     vae = AutoencoderKL(**presets.MINI_VAE)
     pick = sampler(corpus, config.emoji_share)
@@ -30,8 +30,8 @@ def train(config: Config, log: Log) -> dict[str, float]:
         return {"images": to_tensor(corpus.images[pick(rng, count)])}
 
     objective = FirstStageObjective(vae, kl_weight=config.kl_weight)
-    metrics = run(objective, draw, config.loop, config.work, log)
-    probe = np.random.default_rng(config.loop.seed).permutation(len(corpus.images))[:512]
+    metrics = run(objective, draw, config.loop, config.work, log, corpus.source)
+    probe = np.random.default_rng(config.loop.seed).permutation(len(corpus))[:512]
     factor = measure_scaling_factor(vae, to_tensor(corpus.images[probe]))
     vae.register_to_config(scaling_factor=factor)
     save_component(vae, config.model / "vae")

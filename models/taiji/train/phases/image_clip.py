@@ -62,6 +62,8 @@ class Config(CorpusPhaseConfig):
             raise ValueError("lock_image_tower needs start: a new image tower knows nothing yet")
         if self.start is not None and self.tokenizer is not None:
             raise ValueError("start brings its own tokenizer: leave tokenizer out")
+        if self.positives == "scene" and self.data.manifest is not None:
+            raise ValueError("a data set has captions, not scenes: set positives to caption")
         return self
 
 
@@ -109,7 +111,7 @@ def make_draw(
 ) -> Callable[[np.random.Generator, int], Batch]:
     pick = sampler(corpus, config.emoji_share)
     by_caption = config.positives == "caption"
-    concept = torch.from_numpy(corpus.concept) if by_caption else scene_numbers(corpus)
+    concept = corpus.concept if by_caption else scene_numbers(corpus).numpy()
 
     def draw(rng: np.random.Generator, count: int) -> Batch:
         index = pick(rng, count)
@@ -119,7 +121,7 @@ def make_draw(
             "images": to_tensor(corpus.images[index]),
             "input_ids": ids,
             "attention_mask": mask,
-            "concept": concept[torch.from_numpy(index)],
+            "concept": torch.from_numpy(concept[index]),
         }
 
     return draw
@@ -166,15 +168,15 @@ def measure_retrieval(
 
 def train(config: Config, log: Log) -> dict[str, float]:
     check_negatives(config)
-    corpus, skipped = only_chinese(load(config.data), config.min_chinese)
-    log(f"{config.phase}: {len(corpus.rows)} emoji images, {len(corpus.scenes)} scenes")
+    corpus, skipped = only_chinese(load(config.data, config.work, log), config.min_chinese)
+    log(f"{config.phase}: {corpus}")
     log(f"{skipped} images left out: their captions are not Chinese")
     tokenizer, model = open_towers(config, corpus)
     if config.lock_image_tower:
         lock_image_tower(model)
     objective = ImageClipObjective(model, chunk_size=config.chunk_size, masking=config.masking)
     draw = make_draw(config, corpus, tokenizer, text_length(model))
-    metrics: dict[str, Any] = run(objective, draw, config.loop, config.work, log)
+    metrics: dict[str, Any] = run(objective, draw, config.loop, config.work, log, corpus.source)
     cap_logit_scale(model)  # the averaged weights may lie a step beyond it
     if config.retrieval_sets:
         metrics |= measure_retrieval(config, tokenizer, model)

@@ -6,13 +6,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from taiji import presets
 from taiji.autoencoder.kl import to_tensor
 from taiji.data import shapes
-from taiji.data.corpus import Corpus, load, sampler
+from taiji.data.corpus import load, sampler
 from taiji.data.degradation import Kernel, reduce
 from taiji.data.rule_judge import judge
 from taiji.diffusion.guidance import ThresholdRule
@@ -46,7 +47,8 @@ JUDGED_SIZE = 64  # the rule judge's own; smaller images are enlarged to it by r
 class Config(DenoiserConfig):
     """`start` is a folder that this phase made, whose U-Net is trained on. `sampling` becomes the
     pipeline's default; after training `judged` scenes of the corpus are drawn with it, and again
-    with guidance at `strong_guidance` to see what thresholding does."""
+    with guidance at `strong_guidance` to see what thresholding does. Of an encoder that was trained
+    `encoder_moved` is the relative change of its weights."""
 
     phase: Literal["imagen"] = "imagen"
     base: Literal["a-tiny", "a-300m", "a-1.3b", "b-tiny", "b-300m", "b-1.3b"] = "a-tiny"
@@ -55,12 +57,18 @@ class Config(DenoiserConfig):
     judged: int = Field(64, ge=0)
     strong_guidance: float = Field(15.0, gt=1)
 
+    @model_validator(mode="after")
+    def _scenes_to_judge(self) -> "Config":
+        if self.data.manifest is not None and self.judged and "judged" in self.model_fields_set:
+            raise ValueError("a data set has no scenes to be judged: leave judged out")
+        return self
+
 
 def train(config: Config, log: Log) -> dict[str, float]:
     kind, preset, encoder = BASES[config.base]
-    corpus = load(config.data)
-    images = reduced(corpus, preset["sample_size"])
-    log(f"{config.phase}: {len(images)} images of {preset['sample_size']} pixels")
+    corpus = load(config.data, config.work, log)
+    scale = reduction(config.data.size, preset["sample_size"])
+    log(f"{config.phase}: {len(corpus)} images of {preset['sample_size']} pixels")
     torch.manual_seed(config.loop.seed)
     if config.start is not None:
         config = config.model_copy(update={"text": config.text or config.start})
@@ -71,10 +79,15 @@ def train(config: Config, log: Log) -> dict[str, float]:
 
     def draw(rng: np.random.Generator, count: int) -> Batch:
         index = pick(rng, count)
-        return {"images": to_tensor(images[index]), **captions(index, rng)}
+        images = [reduce(image, scale, Kernel.BOX) for image in corpus.images[index]]
+        return {"images": to_tensor(np.stack(images)), **captions(index, rng)}
 
     objective = DenoiserObjective(unet, text_encoder, scheduler, null_tokens(tokenizer), config)
-    metrics = run(objective, draw, config.loop, config.work, log)
+    before = parameters_to_vector(text_encoder.parameters()).detach().clone()
+    metrics = run(objective, draw, config.loop, config.work, log, corpus.source)
+    if not config.freeze_encoder:
+        after = parameters_to_vector(text_encoder.parameters()).detach()
+        metrics["encoder_moved"] = ((after - before).norm() / before.norm()).item()
     pipe = TaijiImagenPipeline(
         tokenizer,
         text_encoder.eval(),
@@ -98,18 +111,18 @@ def load_unet(kind: type[ModelMixin], folder: Path) -> nn.Module:
     return kind.from_pretrained(folder / "unet")
 
 
-def reduced(corpus: Corpus, size: int) -> np.ndarray:
-    """The corpus (N, size, size, 3) uint8, pixels averaged.
+def reduction(size: int, target: int) -> int:
+    """How many times the corpus's images are as large as the U-Net's.
 
-    Raises ValueError unless its size is a multiple of `size`.
+    Raises ValueError unless `size` is a multiple of `target`.
     """
-    scale, rest = divmod(corpus.images.shape[1], size)
+    scale, rest = divmod(size, target)
     if rest or not scale:
         raise ValueError(
-            f"images of {corpus.images.shape[1]} pixels do not reduce to the U-Net's {size}; "
-            f"set data.size to a multiple"
+            f"images of {size} pixels do not reduce to the U-Net's {target}; set data.size to a "
+            "multiple"
         )
-    return np.stack([reduce(image, scale, Kernel.BOX) for image in corpus.images])
+    return scale
 
 
 def judged(

@@ -1,7 +1,7 @@
 """What is shipped beside the mini weights: latents, captions and prompts in hcf_data/."""
 
 import os
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,18 +12,24 @@ from taiji.data.corpus import load
 from taiji.data.release import ReleaseConfig, check_prompts, distillation_captions, to_json
 from taiji.train.checkpoint import write_text
 from taiji.train.loop import Log
+from taiji.train.parallel import rank
 from taiji.train.phases.config import CorpusPhaseConfig
 
 
 class Config(CorpusPhaseConfig):
+    takes_manifest: ClassVar[bool] = False
+
     phase: Literal["release"] = "release"
     release: ReleaseConfig = ReleaseConfig()
 
 
 def train(config: Config, log: Log) -> dict[str, float]:
+    """Writes hcf_data/ beside the weights. There is nothing to share: of several processes the
+    first one does it."""
+    if rank() != 0:
+        return {}
     corpus = load(config.data)
-    log(f"{config.phase}: {len(corpus.rows)} emoji images, {len(corpus.scenes)} scenes")
-    """Writes hcf_data/ beside the weights."""
+    log(f"{config.phase}: {corpus}")
     vae = AutoencoderKL.from_pretrained(config.model / "vae").eval()
     positions, captions, row = distillation_captions(corpus, config.release)
     prompts = check_prompts(corpus, config.data, config.release)

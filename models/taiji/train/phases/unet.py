@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import ChineseCLIPModel, PreTrainedTokenizerFast
 
 from taiji import presets
-from taiji.autoencoder.kl import encode_images
+from taiji.data.buckets import BucketConfig
 from taiji.data.corpus import Corpus, load, sampler
 from taiji.diffusion.losses import denoising_loss, diffusion_target
 from taiji.pipelines import TaijiStableDiffusionPipeline
@@ -29,15 +29,16 @@ from taiji.text.captions import CaptionConfig, drop_conditions, only_chinese, pr
 from taiji.text.conditioner import TextConditioner
 from taiji.text.fusion import unet_condition
 from taiji.text.tokenizer import open_tokenizer, overlong, tokens
+from taiji.train.latents import Latents, corpus_latents
 from taiji.train.loop import Batch, Log, LoopConfig, run
 from taiji.train.parallel import rank
-from taiji.train.phases.config import CorpusPhaseConfig
+from taiji.train.phases.config import LatentPhaseConfig
 
 Parts = dict[str, float]
 TrainText = Literal["none", "fusion", "all"]
 
 
-class Config(CorpusPhaseConfig):
+class Config(LatentPhaseConfig):
     """`start`: new weights, or those of the pipeline in the model folder. `encoder_lr_scale` and
     `encoder_layer_decay` are factors on the learning rate of the Sandwich encoder and of each of
     its layers below the last: 0.1 and 0.9 for an encoder that is trained already."""
@@ -156,17 +157,18 @@ class UNetObjective(nn.Module):
 
 def caption_draw(
     corpus: Corpus,
-    latents: Tensor,
+    latents: Latents,
     tokenizer: PreTrainedTokenizerFast,
     fusion: TextFusion,
     emoji_share: float,
     captions: CaptionConfig,
     log: Log,
 ) -> Callable[[np.random.Generator, int], Batch]:
-    """Draws of latents (N, C, H, W) with a caption each; logs how many captions are too long."""
+    """Draws of latents (N, C, H, W) with a caption each, and where images were cut how; logs how
+    many captions are too long."""
     pick = sampler(corpus, emoji_share)
     s1, s2 = fusion.config.clip_tokens, fusion.config.sandwich_tokens
-    probe, words = np.random.default_rng(0).integers(0, len(latents), 512), Random(0)
+    probe, words = np.random.default_rng(0).integers(0, len(corpus), 512), Random(0)
     texts = [prepare(corpus.caption(i, words), words, captions) for i in probe]
     log(
         f"of {len(texts)} captions {overlong(tokenizer, texts, s1)} are cut at the {s1} tokens of "
@@ -179,20 +181,22 @@ def caption_draw(
         texts = [prepare(corpus.caption(i, words), words, captions) for i in index]
         clip_ids, clip_mask = tokens(tokenizer, texts, s1)
         ids, mask = tokens(tokenizer, texts, s2)
-        return {
+        batch = {
             "latents": latents[index].float(),
             "clip_ids": clip_ids,
             "clip_mask": clip_mask,
             "ids": ids,
             "mask": mask,
         }
+        time_ids = corpus.time_ids(index)
+        return batch if time_ids is None else {**batch, "time_ids": torch.from_numpy(time_ids)}
 
     return draw
 
 
-def open_corpus(config: CorpusPhaseConfig, floor: float, log: Log) -> Corpus:
-    corpus, skipped = only_chinese(load(config.data), floor)
-    log(f"{len(corpus.rows)} emoji images, {len(corpus.scenes)} scenes")
+def open_corpus(config: LatentPhaseConfig, floor: float, log: Log) -> Corpus:
+    corpus, skipped = only_chinese(load(config.data, config.work, log), floor)
+    log(str(corpus))
     log(f"{skipped} images left out: their captions are not Chinese")
     return corpus
 
@@ -271,12 +275,25 @@ def run_on_captions(
     log: Log,
 ) -> dict[str, float]:
     """The loop over the corpus's latents and captions, drawn as the recipe says."""
-    latents = encode_images(pipe.vae, corpus.images)
+    if config.data.buckets:
+        check_buckets(config.data.buckets, pipe.vae)
+    latents = corpus_latents(config.latents, config.work / "latents", pipe.vae, corpus, log)
     draw = caption_draw(
         corpus, latents, pipe.tokenizer, pipe.fusion, config.emoji_share, config.captions, log
     )
     loop = checkpoint_activations(pipe, config.loop)
-    return run(objective, draw, loop, config.work, log)
+    return run(objective, draw, loop, config.work, log, corpus.source)
+
+
+def check_buckets(buckets: BucketConfig, vae: AutoencoderKL) -> None:
+    """Raises ValueError where the first stage would cut a bucket again."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    odd = [f"{h}x{w}" for h, w in buckets.chosen() if h % factor or w % factor]
+    if odd:
+        raise ValueError(
+            f"buckets {', '.join(odd)} are no multiples of {factor}, by which the first stage "
+            "divides: set buckets.base and buckets.step to such"
+        )
 
 
 def save_pipeline(pipe: TaijiStableDiffusionPipeline, folder: Path) -> None:

@@ -67,7 +67,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 class EvaluationConfig(BaseModel):
     """After training: `scenes` held-out compositions of the corpus's own world, and whether the
-    Frechet distance is measured on them. No scenes, no evaluation."""
+    Frechet distance is measured on them. No scenes, no evaluation; none of a data set either, whose
+    world may be another, unless the recipe asks for it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -104,6 +105,11 @@ class Config(CorpusPhaseConfig):
             raise ValueError(f"{other} means nothing to {self.architecture}: leave it out")
         return self
 
+    @property
+    def evaluates(self) -> bool:
+        asked = self.data.manifest is None or "evaluation" in self.model_fields_set
+        return asked and self.evaluation.scenes > 0
+
 
 def make_first_stage(config: Config) -> VqFirstStage | KlFirstStage:
     if config.architecture in VQ:
@@ -125,7 +131,9 @@ def evaluate(model: Any, config: Config, network: FeatureNetwork | None) -> dict
     return {f"heldout_{name}": value for name, value in found.items()}
 
 
-def card(config: Config, model: Any, network: dict[str, Any] | None, found: Any) -> str:
+def card(
+    config: Config, model: Any, network: dict[str, Any] | None, source: dict[str, str], found: Any
+) -> str:
     """The component's README: what it is, what it was trained against, what was measured."""
     lines = [
         f"# First stage {config.architecture}",
@@ -134,6 +142,7 @@ def card(config: Config, model: Any, network: dict[str, Any] | None, found: Any)
         f"parameters, trained by the phase `vqgan` for {config.loop.steps:,} steps of "
         f"{config.loop.batch_size} images of {config.data.size} px.",
         "",
+        *(f"- data: {kind} `{digest}`" for kind, digest in source.items()),
         f"- objective: `{config.objective.model_dump_json()}`",
         f"- codebook: `{config.codebook.model_dump_json()}`"
         if config.architecture in VQ
@@ -147,29 +156,30 @@ def card(config: Config, model: Any, network: dict[str, Any] | None, found: Any)
 
 
 def train(config: Config, log: Log) -> dict[str, float]:
-    corpus = load(config.data)
-    log(f"{config.phase}: {len(corpus.rows)} emoji images, {len(corpus.scenes)} scenes")
+    corpus = load(config.data, config.work, log)
+    log(f"{config.phase}: {corpus}")
     perceptual = load_perceptual(config.perceptual) if config.objective.perceptual_weight else None
     judging = None
-    if config.evaluation.scenes and config.evaluation.frechet:
+    if config.evaluates and config.evaluation.frechet:
         judging = load_network(config.perceptual.network)
         make_frechet(judging)  # a missing package is better known before the training
     torch.manual_seed(config.loop.seed)
     first_stage = make_first_stage(config)
     objective = AdversarialObjective(first_stage, config.objective, perceptual)
     begun = time.process_time()
-    metrics = run(objective, make_draw(corpus, config), config.loop, config.work, log)
+    draw = make_draw(corpus, config)
+    metrics = run(objective, draw, config.loop, config.work, log, corpus.source)
     metrics["cpu_seconds"] = time.process_time() - begun
     model = first_stage.model
-    if config.evaluation.scenes:
+    if config.evaluates:
         metrics |= evaluate(model, config, judging)
-    probe = np.random.default_rng(config.loop.seed).permutation(len(corpus.images))[:512]
+    probe = np.random.default_rng(config.loop.seed).permutation(len(corpus))[:512]
     metrics["scaling_factor"] = measure_scaling_factor(model, to_tensor(corpus.images[probe]))
     model.register_to_config(scaling_factor=metrics["scaling_factor"])
     folder = config.model / ("vqvae" if config.architecture in VQ else "vae")
     save_component(model, folder)
     network = perceptual.card if perceptual else None
-    write_text(folder / "README.md", card(config, model, network, metrics))
+    write_text(folder / "README.md", card(config, model, network, corpus.source, metrics))
     return metrics
 
 
