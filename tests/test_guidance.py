@@ -172,3 +172,6 @@ def test_training_levels_are_uniform() -> None:
     levels = draw_levels(1000, 0.35, torch.Generator().manual_seed(0))
     assert levels.min() >= 0 and levels.max() < 0.35
     assert levels.mean().item() == pytest.approx(0.175, abs=0.001)
+    some = draw_levels(1000, 0.35, torch.Generator().manual_seed(0), clean_share=0.25)
+    assert (some == 0).sum() == 250 and some.max() < 0.35
+    assert some[some > 0].mean().item() == pytest.approx(0.175, abs=0.001)

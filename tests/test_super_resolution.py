@@ -12,7 +12,7 @@ from torch import Tensor
 
 from taiji import presets
 from taiji.diffusion.schedules import make_scheduler
-from taiji.diffusion.tiling import tile_starts, tiled
+from taiji.diffusion.tiling import tile_starts, tile_weight, tiled
 from taiji.pipelines import TaijiSuperResolutionPipeline
 from taiji.pipelines.super_resolution import condition_image
 from taiji.text import SandwichTextEncoder
@@ -139,6 +139,15 @@ def test_blended_tiles_of_a_local_function_are_that_function() -> None:
     assert tile_starts(256, 128, 32) == [0, 96, 128] and tile_starts(100, 128, 32) == [0]
     with pytest.raises(ValueError, match="overlap=8 must be at least 0 and below tile=8"):
         tiled(lambda t: t, x, 8, 8)
+
+
+def test_tiles_that_disagree_are_blended_without_a_step() -> None:
+    """Each tile says its own number: at any border the blend moves by less than a twentieth."""
+    numbers = iter([0.0, 1.0])
+    x = torch.zeros(1, 1, 8, 56)
+    out = tiled(lambda t: torch.full_like(t, next(numbers)), x, 32, 8)[0, 0, 4]
+    assert out[0] == 0 and out[-1] == 1 and (out.diff() >= 0).all()
+    assert out[24] < 0.05 and out[31] > 0.95 and tile_weight(5, 7).min() > 0
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,15 @@ def noise_augment(image: Tensor, level: Tensor, eps: Tensor) -> tuple[Tensor, Te
     return a.sqrt() * image + (1 - a).sqrt() * eps, labels
 
 
-def draw_levels(count: int, maximum: float, generator: torch.Generator) -> Tensor:
-    """(count,) levels for training, uniform in [0, maximum)"""
-    return stratified(count, generator) * maximum
+def signal_share(level: float) -> float:
+    """The share of a noised image's variance that is the image's, 1 at level 0"""
+    label = min(round(level * STEPS), STEPS - 1)
+    return float(ALPHAS_CUMPROD[label]) if label else 1.0
+
+
+def draw_levels(
+    count: int, maximum: float, generator: torch.Generator, clean_share: float = 0.0
+) -> Tensor:
+    """(count,) levels for training: 0 in `clean_share` of them, else uniform in [0, maximum)"""
+    u = stratified(count, generator)
+    return ((u - clean_share) / (1 - clean_share)).clamp_min(0) * maximum

@@ -19,10 +19,10 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from torch.nn.functional import interpolate, pad, pixel_unshuffle
+from torch.nn.functional import avg_pool2d, interpolate, pad, pixel_unshuffle
 from transformers import PreTrainedTokenizerFast
 
-from taiji.diffusion.augmentation import noise_augment
+from taiji.diffusion.augmentation import noise_augment, signal_share
 from taiji.diffusion.condition import Text, check_text_length, encode_prompts, uses_text
 from taiji.diffusion.guidance import ThresholdRule
 from taiji.diffusion.sampling import Generators, OnStep, Sampling, sample
@@ -85,12 +85,26 @@ def condition_image(low: Tensor, scale: int, factor: int) -> Tensor:
     return interpolate(low, scale_factor=scale // factor, mode="bilinear", align_corners=False)
 
 
+def back_project(pixels: Tensor, low: Tensor, weight: float) -> Tensor:
+    """pixels (B, 3, s h, s w), low (B, 3, h, w) -> pixels + weight up(low - averaged(pixels))
+
+    One step of iterative back-projection (Irani and Peleg, "Improving Resolution by Image
+    Registration", 1991): the enlarged image, averaged down, comes closer to what it was made from,
+    and its detail stays.
+    """
+    scale = pixels.shape[-1] // low.shape[-1]
+    error = low - avg_pool2d(pixels, scale)
+    up = interpolate(error, scale_factor=scale, mode="bilinear", align_corners=False)
+    return pixels + weight * up
+
+
 def upscale(
     models: Upscaler,
     low: Tensor,
     texts: dict[str, Text],
     settings: Sampling,
     *,
+    back_projection: float = 0.0,
     tile: int | None = None,
     overlap: int = 32,
     generator: Generators = None,
@@ -98,8 +112,9 @@ def upscale(
 ) -> Tensor:
     """low (B, 3, h, w) in [-1, 1] -> (B, 3, H, W) in [-1, 1], by `settings`
 
-    `tile` and `overlap` are in cells of the U-Net's grid. Raises ValueError for tiles that the
-    U-Net cannot halve evenly.
+    `back_projection` is the weight of that correction at noise level 0; it falls as less of the
+    low-resolution image is to be trusted. `tile` and `overlap` are in cells of the U-Net's grid.
+    Raises ValueError for tiles that the U-Net cannot halve evenly.
     """
     halvings = 2 ** (len(models.unet.config.block_out_channels) - 1)
     if tile is not None and (tile % halvings or overlap % halvings):
@@ -133,7 +148,11 @@ def upscale(
         on_step=on_step,
     )
     pixels = _decode(models, x_0, tile, overlap)
-    return pixels[..., : height * models.scale, : width * models.scale].clamp(-1, 1)
+    pixels = pixels[..., : height * models.scale, : width * models.scale].clamp(-1, 1)
+    if back_projection:
+        weight = back_projection * signal_share(settings.noise_level)
+        pixels = back_project(pixels, low, weight).clamp(-1, 1)
+    return pixels
 
 
 def _decode(models: Upscaler, x_0: Tensor, tile: int | None, overlap: int) -> Tensor:
@@ -151,8 +170,13 @@ def _decode(models: Upscaler, x_0: Tensor, tile: int | None, overlap: int) -> Te
     return tiled(decode, latents, tile, overlap, models.factor)
 
 
+def _check_weight(back_projection: float) -> None:
+    if not 0 <= back_projection <= 1:
+        raise ValueError(f"back_projection={back_projection} is outside 0 (none) to 1 (full)")
+
+
 class TaijiSuperResolutionPipeline(DiffusionPipeline):
-    """`settings` are the defaults of a call (see `Sampling`)."""
+    """`settings` (see `Sampling`) and `back_projection` are the defaults of a call."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "tokenizer", "text_encoder"]
@@ -167,6 +191,7 @@ class TaijiSuperResolutionPipeline(DiffusionPipeline):
         text_encoder: SandwichTextEncoder | None = None,
         scale: int = 4,
         settings: dict[str, Any] | None = None,
+        back_projection: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -177,7 +202,10 @@ class TaijiSuperResolutionPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
         )
         defaults = Sampling.model_validate(settings or {})
-        self.register_to_config(scale=scale, settings=defaults.model_dump())
+        _check_weight(back_projection)
+        self.register_to_config(
+            scale=scale, settings=defaults.model_dump(), back_projection=back_projection
+        )
         Upscaler(unet, scheduler, vae, scale)
         self.image_processor = VaeImageProcessor(do_resize=False, do_convert_rgb=True)
         self.set_progress_bar_config(disable=True)
@@ -216,6 +244,7 @@ class TaijiSuperResolutionPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         noise_level: float | None = None,
         thresholding: ThresholdRule | None = None,
+        back_projection: float | None = None,
         text: dict[str, Text] | None = None,
         tile: int | None = None,
         overlap: int = 32,
@@ -227,9 +256,10 @@ class TaijiSuperResolutionPipeline(DiffusionPipeline):
         """`image` (B images, h x w each; tensors (B, 3, h, w) in [0, 1]) enlarged `scale` times.
 
         `text` replaces `prompt` by states made elsewhere, {"condition": ..., "null": ...}.
-        `noise_level` is a share of the augmentation's schedule, 0 keeps to the image. `tile` cells
-        of the U-Net's grid bound the memory. `output_type`: "pil", "np" (B, H, W, 3) or "pt"
-        (B, 3, H, W) in [0, 1].
+        `noise_level` is a share of the augmentation's schedule, 0 keeps to the image, and so does
+        `back_projection` (see `back_project`), in [0, 1]; 0 leaves it out. `tile` cells of the
+        U-Net's grid bound the memory. `output_type`: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W)
+        in [0, 1].
         """
         settings = Sampling.model_validate(dict(self.config.settings)).changed(
             steps=num_inference_steps,
@@ -237,6 +267,8 @@ class TaijiSuperResolutionPipeline(DiffusionPipeline):
             noise_level=noise_level,
             thresholding=thresholding,
         )
+        weight = self.config.back_projection if back_projection is None else back_projection
+        _check_weight(weight)
         low = self.image_processor.preprocess(image).to(self._execution_device, self.unet.dtype)
         if low.shape[1] != 3:
             raise ValueError(f"images have {low.shape[1]} channels; give RGB")
@@ -253,6 +285,7 @@ class TaijiSuperResolutionPipeline(DiffusionPipeline):
                 low,
                 self.texts(prompt, len(low)) if text is None else text,
                 settings,
+                back_projection=weight,
                 tile=tile,
                 overlap=overlap,
                 generator=generator,

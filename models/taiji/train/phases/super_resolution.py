@@ -64,7 +64,8 @@ class Config(DenoiserConfig):
     none, level 0. After training the first `measured` images, which are kept out of it, are
     enlarged at each of `levels`, and at level 0 in each of `compared_steps`: few steps give the
     mean of what fits, many give one of them. The effect of their captions is measured at each of
-    `text_guidance`, that of tiles on a picture of `tiled_pixels` a side."""
+    `text_guidance`, that of tiles on a picture of `tiled_pixels` a side. `back_projection` is the
+    pipeline's own."""
 
     phase: Literal["super_resolution"] = "super_resolution"
     architecture: Model = "tiny"
@@ -76,6 +77,7 @@ class Config(DenoiserConfig):
     schedule: Schedule | Literal["edm"] = "linear"
     prediction_type: Prediction = "v_prediction"
     sampling: Sampling = Sampling(steps=20, noise_level=0.02)
+    back_projection: float = Field(0.0, ge=0, le=1)
     measured: int = Field(32, ge=0)
     levels: tuple[float, ...] = (0.0, 0.1, 0.2, 0.35)
     compared_steps: tuple[int, ...] = (1, 4, 20)
@@ -120,6 +122,7 @@ def train(config: Config, log: Log) -> dict[str, float]:
         text_encoder.eval(),
         scale=scale,
         settings=config.sampling.model_dump(),
+        back_projection=config.back_projection,
     )
     save_pipeline(pipe, config.model)
     if vae is not None:
@@ -143,6 +146,9 @@ def evaluate(
         for count in config.compared_steps:
             db = fidelity(pipe, images, asked, 0.0, count, seed)
             metrics |= {f"{name}_steps_{count}": value for name, value in db.items()}
+        if config.back_projection:
+            db = fidelity(pipe, images, asked, 0.0, steps, seed, back_projection=0.0)
+            metrics |= {f"{name}_0_uncorrected": value for name, value in db.items()}
         if asked:
             db = fidelity(pipe, images, None, 0.0, steps, seed)
             metrics |= {f"{name}_0_without_text": value for name, value in db.items()}
@@ -202,6 +208,7 @@ def fidelity(
     level: float,
     steps: int,
     seed: int,
+    **call: Any,
 ) -> dict[str, float]:
     """How the pipeline enlarges averaged `images` (N, H, W, 3), in dB over the images' mean.
 
@@ -209,7 +216,7 @@ def fidelity(
     against the originals.
     """
     low = reduced(images, pipe.config.scale)
-    call = {"prompt": captions, "num_inference_steps": steps, "noise_level": level}
+    call |= {"prompt": captions, "num_inference_steps": steps, "noise_level": level}
     out = enlarged(pipe, low, seed, **call)
     return {
         "low_psnr": float(psnr(averaged(out, pipe.config.scale), low).mean()),
