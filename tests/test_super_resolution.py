@@ -9,12 +9,13 @@ import torch
 from diffusers import UNet2DConditionModel, VQModel
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from taiji import presets
 from taiji.diffusion.schedules import make_scheduler
 from taiji.diffusion.tiling import tile_starts, tile_weight, tiled
 from taiji.pipelines import TaijiSuperResolutionPipeline
-from taiji.pipelines.super_resolution import condition_image
+from taiji.pipelines.super_resolution import back_project, condition_image
 from taiji.text import SandwichTextEncoder
 from taiji.text.tokenizer import build_tokenizer
 
@@ -124,6 +125,27 @@ def test_a_model_without_text() -> None:
         enlarge(pipe, picture(8, 8), prompt="红色的猫")
 
 
+def test_back_projection_brings_the_output_to_the_image(pipe: Any) -> None:
+    low = picture(6, 8) * 0.5 + 0.25
+    flat = low.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    assert torch.allclose(back_project(flat, low, 1.0), flat, atol=1e-6)
+    grey = back_project(torch.full_like(flat, 0.5), torch.full_like(low, 0.7), 0.5)
+    assert torch.allclose(grey, torch.full_like(grey, 0.6))
+
+    def error(out: Tensor) -> float:
+        return float((avg_pool2d(out, 4) - low).abs().mean())
+
+    def gain(level: float) -> float:
+        outs = [enlarge(pipe, low, noise_level=level, back_projection=w) for w in (0.0, 1.0)]
+        return error(outs[1]) / error(outs[0])
+
+    # the less, the more noise the image was given
+    assert gain(0.0) < 0.6 < gain(0.3) < 1
+    default = make(presets.TINY_SR_UNET, back_projection=1.0)
+    same = enlarge(pipe, low, back_projection=1.0)
+    assert torch.equal(enlarge(default, low), same)
+
+
 def test_one_tile_is_the_whole_and_several_cover_it(pipe: Any) -> None:
     image = picture(16, 24)
     whole = enlarge(pipe, image)
@@ -158,6 +180,7 @@ def test_tiles_that_disagree_are_blended_without_a_step() -> None:
         ({"thresholding": "dynamic"}, "not for latents"),
         ({"prompt": ["a", "b"]}, "2 prompts for 1 images"),
         ({"noise_level": -0.1}, "greater than or equal to 0"),
+        ({"back_projection": 1.5}, r"back_projection=1.5 is outside 0 \(none\) to 1"),
     ],
 )
 def test_bad_arguments(pipe: Any, arguments: dict[str, Any], message: str) -> None:

@@ -187,7 +187,11 @@ def test_what_is_measured_is_not_trained_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"architecture": "tiny-efficient", "crop": 32}, {"architecture": "tiny-x2"}]
+    "changes",
+    [
+        {"architecture": "tiny-efficient", "crop": 32, "back_projection": 1.0},
+        {"architecture": "tiny-x2"},
+    ],
 )
 def test_pixel_space_and_half_the_enlargement(
     first_stage: Path, tmp_path: Path, changes: dict[str, Any]
@@ -195,6 +199,8 @@ def test_pixel_space_and_half_the_enlargement(
     stage = {"first_stage": first_stage} if changes["architecture"] == "tiny-x2" else {}
     metrics = super_resolution.train(upscaler(tmp_path, "sr", **stage, **changes), silent)
     assert metrics["loss"] > 0
+    if "back_projection" in changes:
+        assert metrics["low_psnr_0"] > metrics["low_psnr_0_uncorrected"]
 
 
 def test_a_first_stage_where_it_is_needed_and_only_there(tmp_path: Path, first_stage: Path) -> None:
