@@ -56,14 +56,14 @@ def test_the_gpu_suite_is_rehearsed_from_the_sources(tmp_path: Path) -> None:
     assert len((tmp_path / "table.txt").read_text().splitlines()) <= 60
 
 
-def test_the_shortened_selftest_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    """Twelve comparisons of each kind under a load; one error more than the full form's share."""
-    code = run("selftest", "--comparisons", 12, "--load", 2, "--budget-s", 60, "--allow", 1,
+def test_the_selftest_prints_both_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it finds under a load is tests/test_selftest.py's: here every verdict is allowed."""
+    code = run("selftest", "--comparisons", 2, "--load", 0, "--budget-s", 15, "--allow", 2,
                "--format", "json")  # fmt: skip
     tests = json.loads(capsys.readouterr().out.splitlines()[-1])["tests"]
     assert code == 0, tests
     assert [test["slowdown"] for test in tests] == [0.0, 0.02]
-    assert all(test["overhead_us"] <= 20.0 for test in tests)
+    assert all(test["comparisons"] == 2 and test["overhead_us"] <= 20.0 for test in tests)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_it_is_small_and_without_pickles() -> None:
 
 def test_its_data_fits_it() -> None:
     captions = read_captions(MODEL / FOLDER)
-    latents, row = read_latents(MODEL / FOLDER, captions)
+    latents, row, _ = read_latents(MODEL / FOLDER, captions)
     assert latents.shape[1:] == (8, 16, 16) and len(row) == len(captions)
     prompts = load_prompts(MODEL / "hcf_data" / "check_prompts.json")
     assert {prompt.kind for prompt in prompts} == {"emoji", "shapes"}
