@@ -187,6 +187,15 @@ def test_a_fake_score_that_equals_the_teacher_moves_nothing(tiny_pipeline: Any) 
     assert any(p.grad is not None and p.grad.any() for p in objective.student.parameters())
 
 
+def test_a_teacher_that_breaks_down_is_not_taken_for_a_perfect_one(tiny_pipeline: Any) -> None:
+    """Its NaN reaches the loss, which the loop then skips; as a zero it would train on nothing."""
+    objective = matching(tiny_pipeline, 0.0)
+    with torch.no_grad():
+        objective.teacher.denoiser.conv_out.bias.fill_(float("nan"))
+    loss, _ = objective(seeded(), "student", 0, **conditioning())
+    assert not torch.isfinite(loss)
+
+
 def test_the_student_is_moved_against_the_fake_score(tiny_pipeline: Any) -> None:
     """The gradient on x is (x_fake - x_real) over the student's distance to the teacher's x."""
     objective = matching(tiny_pipeline, 0.0)

@@ -150,10 +150,10 @@ class DistributionMatchingObjective(nn.Module):
             real, _ = x0_eps(guided, x_t, alpha, kind)
             fake, _ = x0_eps(fake_says.detach(), x_t, alpha, kind)
             size = (x_0 - real).abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-5)
-            grad = torch.nan_to_num((fake - real) / size)
+            grad = (fake - real) / size  # where not finite, the loop skips the step and says so
         loss = 0.5 * F.mse_loss(x_0, (x_0 - grad).detach())
         parts = {"matching": grad.square().mean().item()}
-        if self.head is not None:
+        if self.head is not None and features is not None:
             fooled = F.softplus(-self.head(features)).mean()
             loss = loss + self.config.gan_weight * fooled
             parts["fooled"] = fooled.item()
@@ -172,8 +172,9 @@ class DistributionMatchingObjective(nn.Module):
         target = prediction_target(x_0, eps, self.alpha[timestep], self.grid.kind)
         loss = F.mse_loss(prediction, target)
         parts = {"denoising": loss.item()}
-        if self.head is not None and real_t is not None:
+        if self.head is not None and features is not None and real_t is not None:
             _, real_features = self._fake_prediction(real_t, timestep, cond)
+            assert real_features is not None  # the hook is there for both
             logits, real_logits = self.head(features), self.head(real_features)
             apart = F.softplus(logits).mean() + F.softplus(-real_logits).mean()
             loss = loss + self.config.gan_weight * apart
@@ -183,11 +184,11 @@ class DistributionMatchingObjective(nn.Module):
 
     def _fake_prediction(
         self, x_t: Tensor, timestep: Tensor, cond: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The fake score's prediction (B, C, H, W) and its middle features (B, F, h, w)"""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The fake score's prediction (B, C, H, W); its middle features (B, F, h, w) for a head"""
         prediction = call_denoiser(self.fake, x_t, timestep, cond).float()
         features, self._features = self._features, None
-        return prediction, features if features is not None else prediction
+        return prediction, features
 
     def _keep(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
         self._features = output

@@ -54,7 +54,7 @@ def student_sampling(job: Distillation) -> Sampling:
     if config.method == "structure":
         return teacher_sampling(job.model)
     guidance_alone = config.method == "guidance"
-    steps = default_sampling(job.model).steps if guidance_alone else config.steps
+    steps = teacher_sampling(job.model).steps if guidance_alone else config.steps
     told = config.guidance_scale if config.guidance_embedding else 1.0
     return Sampling(steps=steps, guidance_scale=told)
 
