@@ -158,6 +158,21 @@ def test_trajectories_and_captions_are_computed_once(tiny_folder: Path, tmp_path
     assert not any("teacher trajectories" in line for line in said)
 
 
+def test_conditioning_is_kept_for_the_same_text_side_alone(tiny_pipeline: Any) -> None:
+    from hcf.artifact import hcf_home
+    from hcf.distill.data import cached_conditioning
+
+    def kept() -> int:
+        cached_conditioning(tiny_pipeline, ["a cat"], 2.0)
+        return len(list((hcf_home() / "conditioning").iterdir()))
+
+    assert [kept(), kept()] == [1, 1]
+    tiny_pipeline.tokenizer.model_max_length = 12
+    assert kept() == 2
+    tiny_pipeline.text_encoder.config.layer_norm_eps = 1e-3
+    assert kept() == 3
+
+
 def test_a_probe_keeps_grids_and_ends_a_run_that_is_good_enough(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

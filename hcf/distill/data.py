@@ -26,6 +26,7 @@ Log = Callable[[str], None]
 FOLDER = "hcf_data"
 LATENTS, CAPTIONS = "latents_distill.safetensors", "captions_distill.json"
 NOT_TEXT = ("vae", "movq", "scheduler")
+UNSETTLED = ("transformers_version", "dtype", "torch_dtype")  # of who saved or loaded the module
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,9 @@ def cached_conditioning(
     for name, component in sorted(pipe.components.items()):
         if isinstance(component, nn.Module) and name not in (*NOT_TEXT, denoiser_name(pipe)):
             digest.update(f"{name} {module_hash(component)}".encode())
+        elif hasattr(component, "get_vocab"):
+            words = json.dumps([component.model_max_length, component.get_vocab()], sort_keys=True)
+            digest.update(f"{name} {words}".encode())
     path = hcf_home() / "conditioning" / f"{digest.hexdigest()[:32]}.safetensors"
     if not path.exists():
         parts, uncond = [], None
@@ -209,7 +213,11 @@ def kept(path: Path, **said: str) -> dict[str, Tensor] | None:
 
 def module_hash(module: nn.Module) -> str:
     """SHA-256 of configuration and weights, the same wherever the module was loaded from."""
-    digest = hashlib.sha256(type(module).__name__.encode())
+    config: Any = getattr(module, "config", {})
+    tree = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    settings = {k: v for k, v in tree.items() if not k.startswith("_") and k not in UNSETTLED}
+    said = json.dumps([type(module).__name__, settings], sort_keys=True, default=str)
+    digest = hashlib.sha256(said.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
