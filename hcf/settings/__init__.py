@@ -6,6 +6,7 @@ and does not set it.
 
 from hcf.settings.base import Config, Threshold
 from hcf.settings.distill import (
+    METHOD_NAMES,
     ConsistencyConfig,
     DecoderConfig,
     DistillConfig,
@@ -42,6 +43,7 @@ from hcf.settings.quantize import (
 )
 
 __all__ = [
+    "METHOD_NAMES",
     "BenchConfig",
     "BuildConfig",
     "CalibratedConfig",
