@@ -141,12 +141,13 @@ def test_trajectories_are_those_of_the_pipeline(tiny_pipeline: Any) -> None:
     teacher = Teacher(tiny_pipeline.unet, {k: v[:1] for k, v in uncond.items()})
     grid = SolverGrid(tiny_pipeline.scheduler, steps, 4)
     kept, caption = solve(
-        teacher, grid, Guidance(scale, scale, None), cond, SHAPE, 3,
+        teacher, grid, Guidance(scale, scale, None), cond, torch.tensor([1, 0]), SHAPE, 3,
         seed=0, batch_size=2, log=lambda line: None,
     )  # fmt: skip
-    assert kept["points"].shape == (3, 5, *SHAPE) and caption.tolist() == [0, 1, 0]
+    assert kept["points"].shape == (3, 5, *SHAPE) and sorted(caption[:2].tolist()) == [0, 1]
     expected = tiny_pipeline(
-        prompt=["a cat", "a dog", "a cat"], num_inference_steps=steps, guidance_scale=scale,
+        prompt=[["a cat", "a dog"][i] for i in caption],
+        num_inference_steps=steps, guidance_scale=scale,
         latents=kept["points"][:, 0].float(), output_type="latent",
     ).images  # fmt: skip
     assert torch.allclose(kept["points"][:, -1].float(), expected, atol=2e-2)
@@ -154,6 +155,27 @@ def test_trajectories_are_those_of_the_pipeline(tiny_pipeline: Any) -> None:
     rows = {k: v[caption] for k, v in cond.items()}
     loss, _ = objective(kept["points"], kept["scale"], seeded(), **rows)
     assert loss > 0
+
+
+def test_trajectories_start_from_other_noise_than_the_images_a_student_is_judged_by(
+    tiny_pipeline: Any,
+) -> None:
+    """Image i of a check has the seed `seed + i`; captions are drawn as often as they are given."""
+    from hcf.trace import conditioning as encode
+
+    cond, _ = encode(tiny_pipeline, ["a cat", "a dog"], 1.0)
+    teacher, grid = Teacher(tiny_pipeline.unet, None), SolverGrid(tiny_pipeline.scheduler, 2, 1)
+    given = torch.tensor([0, 1, 1, 1])
+    kept, caption = solve(
+        teacher, grid, Guidance(1, 1, None), cond, given, SHAPE, 8,
+        seed=0, batch_size=4, log=lambda line: None,
+    )  # fmt: skip
+    assert caption.bincount().tolist() == [2, 6]
+    starts = kept["points"][:, 0].float().flatten(1)
+    judged = torch.stack(
+        [torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(16)]
+    ).flatten(1)
+    assert torch.cdist(starts, judged).min() > 1
 
 
 def matching(pipe: Any, gan_weight: float, guidance: Guidance = FIXED) -> Any:

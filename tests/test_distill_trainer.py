@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from hcf.distill.data import read_captions, read_latents
 from hcf.distill.trainer import distill
 from hcf.errors import HcfError, InvalidArtifact, RecipeError
-from hcf.settings import DistillConfig
+from hcf.settings import DistillConfig, DistributionMatchingConfig
 
 SMALL: dict[str, Any] = {
     "steps": 2, "solver_steps": 4, "guidance_scale": 2.0, "train_steps": 6, "batch_size": 4,
@@ -155,6 +155,39 @@ def test_trajectories_and_captions_are_computed_once(tiny_folder: Path, tmp_path
     distill(
         tiny_folder, tmp_path / "b", settings.model_copy(update={"train_steps": 4}), said.append
     )
+    assert not any("teacher trajectories" in line for line in said)
+
+
+def test_distribution_matching_may_begin_with_regression(tiny_folder: Path, tmp_path: Path) -> None:
+    """Of its own rate, on trajectories that the other method finds kept."""
+    prepare(tiny_folder)
+    said: list[str] = []
+    name = "unet/diffusion_pytorch_model.safetensors"
+    matching = {"fake_updates": 1, "gan_weight": 0.0, "regression_learning_rate": 1e-2}
+    settings = config(
+        method="distribution_matching", learning_rate=1e-9, ema_decay=0.0,
+        distribution_matching={**matching, "regression_steps": 2},
+    )  # fmt: skip
+    out = distill(tiny_folder, tmp_path / "regressed", settings, said.append)
+    assert "2 steps of regression on the teacher's trajectories" in said
+    plain = settings.model_copy(
+        update={"distribution_matching": DistributionMatchingConfig(**matching)}
+    )
+    other = distill(tiny_folder, tmp_path / "plain", plain, quiet)
+    teacher = load_file(tiny_folder / name)
+
+    def change(folder: Path) -> float:
+        weights = load_file(folder / name)
+        return max(float((weights[k].float() - v.float()).abs().max()) for k, v in teacher.items())
+
+    moved = {folder: change(folder) for folder in (out, other)}
+    assert moved[out] > 5e-3 > 1e-3 > moved[other]  # the rate of the regression is its own
+    said.clear()
+    count = 2 * settings.batch_size
+    distill(
+        tiny_folder, tmp_path / "trajectory",
+        config(method="trajectory", trajectory={"count": count}), said.append,
+    )  # fmt: skip
     assert not any("teacher trajectories" in line for line in said)
 
 

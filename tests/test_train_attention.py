@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from taiji.train.attention import MOST_KEYS, ShortAttention
 from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from taiji.train.attention import MOST_KEYS, ShortAttention
 
 KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from taiji.data import shapes
 from taiji.data.corpus import Corpus, CorpusConfig, choose, emoji_caption, load, sampler
+from taiji.data.release import ReleaseConfig, distillation_captions
 from taiji.pipelines import TaijiStableDiffusionPipeline
 from taiji.train.recipe import read_recipe, train
 
@@ -59,6 +61,19 @@ def test_shipped_recipes_are_valid() -> None:
         assert read_recipe(path).phase in path.stem
     with pytest.raises(ValidationError, match="stepz"):
         read_recipe(RECIPES / "mini_unet.yaml", {"loop.stepz": 3})
+
+
+def test_released_pairs_have_the_share_of_emoji_that_training_draws() -> None:
+    corpus: Any = SimpleNamespace(
+        rows=[{}] * 5, scenes=[None] * 30,
+        caption=lambda i, rng: f"{i} {rng.randrange(100)}",
+    )  # fmt: skip
+    config = ReleaseConfig(scenes=20, captions_per_latent=2)
+    positions, captions, row = distillation_captions(corpus, config, 0.7)
+    emoji = [r for r in row if positions[r] < 5]
+    assert len(captions) == len(row) and len(emoji) / len(row) == pytest.approx(0.7, abs=0.03)
+    assert {len([r for r in row if r == i]) for i in range(5)} == {2 * len(emoji) // 10}
+    assert all(c.split()[0] == str(positions[r]) for c, r in zip(captions, row, strict=True))
 
 
 def test_every_phase_in_order_makes_a_pipeline_and_its_data(tmp_path: Path) -> None:

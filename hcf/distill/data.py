@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -205,10 +205,13 @@ def kept(path: Path, **said: str) -> dict[str, Tensor] | None:
     """Tensors that `keep` wrote with the same words, None where there are none."""
     if not path.exists():
         return None
-    with safe_open(path, "pt") as file:
-        if (file.metadata() or {}) != said:
-            return None
-    return load_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}) != said:
+                return None
+        return load_file(path)
+    except SafetensorError:  # a machine that went down left half a file: it is made again
+        return None
 
 
 def module_hash(module: nn.Module) -> str:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hcf.artifact import clone_artifact, hcf_home, refuse_foreign, staged_folder
+from hcf.code_hash import code_hash
 from hcf.distill.consistency import ConsistencyObjective
 from hcf.distill.data import (
     FOLDER,
@@ -64,6 +65,8 @@ from hcf.source import open_pipeline
 from hcf.trace import denoiser_name
 
 GRIDS, BASE = "grids", "base.safetensors"
+# whose change makes kept trajectories stale
+TRAJECTORY_SOURCES = tuple(f"hcf/distill/{n}.py" for n in ("solver", "teacher", "trajectory"))
 
 
 def distill(
@@ -186,11 +189,13 @@ def check_denoiser(denoiser: Any, config: DistillConfig) -> None:
             f"{settings.in_channels} in: it predicts its variance too, which no method here learns",
             fix="use a model with as many channels out as its latents have",
         )
-    if is_given_an_image(denoiser) and config.method == "trajectory":
+    regressed = config.distribution_matching and config.distribution_matching.regression_steps
+    if is_given_an_image(denoiser) and (config.method == "trajectory" or regressed):
         raise RecipeError(
             f"{type(denoiser).__name__} enlarges or completes an image ({settings.in_channels} "
             f"channels in, {settings.out_channels} out); trajectories are of captions alone",
-            fix="use method=consistency, progressive, guidance or distribution_matching",
+            fix="use method=consistency, progressive, guidance or distribution_matching without "
+            "regression_steps",
         )
 
 
@@ -221,7 +226,7 @@ def train(job: Distillation, folder: Path) -> tuple[nn.Module, dict[str, float]]
     stages = (config.progressive or ProgressiveConfig()).halvings if progressive else 1
     loop = loop_config(config, stages)
     metrics: dict[str, float] = {}
-    seconds = 0.0
+    seconds = _regressed(job, folder)
     for stage in range(stages):
         if stages > 1:
             job.log(f"stage {stage + 1} of {stages}")
@@ -233,6 +238,27 @@ def train(job: Distillation, folder: Path) -> tuple[nn.Module, dict[str, float]]
         metrics = run(objective, draw, loop, folder / f"stage-{stage}", job.log, probe=probe)
         seconds += metrics["seconds"]
     return job.student, {**metrics, "seconds": seconds}
+
+
+def _regressed(job: Distillation, folder: Path) -> float:
+    """Seconds of the regression on the teacher's trajectories that distribution matching may begin
+    with."""
+    from taiji.train.loop import run
+
+    config = job.config
+    steps = config.distribution_matching.regression_steps if config.distribution_matching else 0
+    if not steps:
+        return 0.0
+    job.log(f"{steps} steps of regression on the teacher's trajectories")
+    # no more of them than are drawn
+    count = min(TrajectoryConfig().count, steps * config.batch_size)
+    section = TrajectoryConfig(count=count)
+    grid = SolverGrid(job.pipe.scheduler, config.solver_steps, config.steps)
+    objective = TrajectoryObjective(job.student, grid, job.guidance, section.huber_c)
+    rate = config.distribution_matching.regression_learning_rate
+    loop = loop_config(config.model_copy(update={"train_steps": steps, "learning_rate": rate}))
+    draw = trajectory_draw(job, grid, section)
+    return run(objective, draw, loop, folder / "regression", job.log)["seconds"]
 
 
 def loop_config(config: DistillConfig, stages: int = 1) -> Any:
@@ -312,7 +338,8 @@ def trajectory_draw(job: Distillation, grid: SolverGrid, section: TrajectoryConf
     said = json.dumps(
         [
             module_hash(job.teacher.denoiser),
-            _key(job.data),
+            code_hash(TRAJECTORY_SOURCES),
+            _key(job.data, images=False),
             [grid.points, grid.phase, grid.timesteps.tolist()],
             [job.guidance.low, job.guidance.high],
             [section.count, config.seed, list(job.shape)],
@@ -325,8 +352,9 @@ def trajectory_draw(job: Distillation, grid: SolverGrid, section: TrajectoryConf
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             tensors, caption = solve(
-                job.teacher.to(device), grid.to(device), job.guidance, rows, job.shape,
-                section.count, seed=config.seed, batch_size=config.batch_size, log=job.log,
+                job.teacher.to(device), grid.to(device), job.guidance, rows, job.data.caption,
+                job.shape, section.count,
+                seed=config.seed, batch_size=config.batch_size, log=job.log,
             )  # fmt: skip
         job.teacher.to("cpu")  # its memory is the student's now
         found = {**tensors, "caption": caption}
@@ -341,11 +369,11 @@ def trajectory_draw(job: Distillation, grid: SolverGrid, section: TrajectoryConf
     return draw
 
 
-def _key(data: DistillationSet) -> str:
-    """SHA-256 of the data's content."""
+def _key(data: DistillationSet, *, images: bool = True) -> str:
+    """SHA-256 of the data's content, of its captions alone without `images`."""
     digest = hashlib.sha256()
-    tensors = {**data.rows, **data.own, "caption": data.caption}
-    if data.latents is not None and data.latent is not None:
+    tensors = {**data.rows, "caption": data.caption, **(data.own if images else {})}
+    if images and data.latents is not None and data.latent is not None:
         tensors |= {"latents": data.latents, "latent": data.latent}
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

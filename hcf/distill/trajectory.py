@@ -53,6 +53,7 @@ def solve(
     grid: SolverGrid,
     guidance: Guidance,
     rows: Mapping[str, Tensor],
+    captions: Tensor,
     shape: tuple[int, ...],
     count: int,
     *,
@@ -60,21 +61,27 @@ def solve(
     batch_size: int,
     log: Log,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Trajectories of the teacher from noise, captions (rows of conditioning) in turn.
+    """Trajectories of the teacher from noise, for `captions` (K,), rows of conditioning, in
+    random order, and again where there are fewer.
 
     Returns {"points" (M, N + 1, C, H, W) float16, "scale" (M,)} and the rows (M,) they are of.
     `shape` (C, H, W). Noise and scale of a trajectory depend on `seed` and its number alone.
     """
+    from taiji.train.settings import step_generators
+
     device = grid.alpha.device
-    known = len(next(iter(rows.values())))
-    caption = torch.arange(count) % known
+    order = torch.Generator().manual_seed(seed)
+    rounds = range(-(-count // len(captions)))
+    caption = torch.cat([captions[torch.randperm(len(captions), generator=order)] for _ in rounds])
+    caption = caption[:count]
     points = torch.empty(count, grid.points // grid.phase + 1, *shape, dtype=torch.float16)
     scales = torch.empty(count)
     for start in range(0, count, batch_size):
         chosen = range(start, min(start + batch_size, count))
         noise, scale = [], []
         for i in chosen:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+            # not that of seed + i, from which pipelines draw the images that a student is judged by
+            _, generator = step_generators(seed, i, 0)
             noise.append(torch.randn(shape, generator=generator).half().float())  # as it is kept
             scale.append(guidance.draw(1, generator))
         x, w = torch.stack(noise).to(device), torch.cat(scale).to(device)

@@ -69,7 +69,7 @@ def choose_prompts(prompts: Sequence[str], samples: int, seed: int) -> list[str]
         raise RecipeError(
             "no calibration prompts", fix="set quantize.calibration_prompts to a list or a file"
         )
-    order = list(prompts)
+    order = list(dict.fromkeys(prompts))
     random.Random(seed).shuffle(order)
     return [order[index % len(order)] for index in range(samples)]
 

@@ -57,8 +57,11 @@ class DistributionMatchingConfig(Config):
     """`fake_updates` of the fake score per one of the student, at `fake_lr_scale` of its rate.
 
     `gan_weight` 0 needs no images. `sampler`: steps along the ODE, or to clean and noised again.
+    `regression_steps` on the teacher's trajectories come first, as for the paper's one-step ones.
     """
 
+    regression_steps: int = Field(0, ge=0)
+    regression_learning_rate: float = Field(5e-4, gt=0)
     fake_updates: int = Field(5, gt=0)
     fake_lr_scale: float = Field(1.0, gt=0)
     gan_weight: float = Field(1e-3, ge=0)

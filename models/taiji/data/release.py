@@ -29,9 +29,13 @@ class ReleaseConfig(BaseModel):
 
 
 def distillation_captions(
-    corpus: Corpus, config: ReleaseConfig
+    corpus: Corpus, config: ReleaseConfig, emoji_share: float
 ) -> tuple[list[int], list[str], list[int]]:
-    """Corpus positions to release, their captions, and each caption's index into the positions."""
+    """Corpus positions to release, their captions, and each caption's index into the positions.
+
+    Pairs of emoji are there as often as makes `emoji_share` of all pairs theirs, which is what is
+    drawn in training: a student that saw mostly shapes would draw emoji worse than its teacher.
+    """
     rng = Random(config.seed)
     emoji_count = len(corpus.rows)
     positions = list(range(emoji_count))
@@ -42,6 +46,12 @@ def distillation_captions(
         drawn = dict.fromkeys(corpus.caption(i, rng) for _ in range(config.captions_per_latent))
         captions += drawn
         row += [number] * len(drawn)
+    pairs = sum(number < emoji_count for number in row)
+    if pairs and emoji_share < 1:
+        wanted = emoji_share / (1 - emoji_share) * (len(row) - pairs)
+        again = max(1, round(wanted / pairs))
+        captions = captions[:pairs] * again + captions[pairs:]
+        row = row[:pairs] * again + row[pairs:]
     return positions, captions, row
 
 

@@ -31,7 +31,7 @@ def train(config: Config, log: Log) -> dict[str, float]:
     corpus = load(config.data)
     log(f"{config.phase}: {corpus}")
     vae = AutoencoderKL.from_pretrained(config.model / "vae").eval()
-    positions, captions, row = distillation_captions(corpus, config.release)
+    positions, captions, row = distillation_captions(corpus, config.release, config.emoji_share)
     prompts = check_prompts(corpus, config.data, config.release)
     folder = config.model / "hcf_data"
     folder.mkdir(parents=True, exist_ok=True)
