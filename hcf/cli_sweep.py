@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,9 @@ def sweep(
     if dry_run:
         found = show_plan(config, students, output, only or (), log)
         return finish(format, "nothing was written", {"dry_run": True, "students": found})
-    command = f"hcf sweep {recipe.as_posix()}" + "".join(f" --set {text}" for text in set or ())
+    words = [word for text in set or () for word in ("--set", text)]
+    words += [word for pattern in only or () for word in ("--only", pattern)]
+    command = shlex.join(["hcf", "sweep", recipe.as_posix(), *words])
     record = compare.run_sweep(config, students, output, only=only or (), command=command, log=log)
     if store:
         log(f"stored {compare.store(output, recipe)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Iterable
@@ -14,6 +15,12 @@ def code_hash(sources: Iterable[str]) -> str:
     A version number stays the same from one commit to the next, and what the commit makes does not.
     Raises FileNotFoundError for a source that is not there: it would change no key.
     """
+    return _hash_once(tuple(sources))
+
+
+# Read once: a process goes on with the code it imported, whatever a commit puts on the disk then.
+@functools.cache
+def _hash_once(sources: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for name in sources:
         package, _, rest = name.partition("/")

@@ -13,6 +13,7 @@ from conftest import make_tiny_pipeline
 from torch import Tensor, nn
 
 import hcf
+from hcf import code_hash as code_hash_module
 from hcf.artifact import read_manifest
 from hcf.code_hash import code_hash
 from hcf.errors import HcfError, RecipeError
@@ -107,14 +108,19 @@ def test_a_code_hash_follows_files_and_templates(
     (package / "one.py").write_text("x = 1")
     monkeypatch.syspath_prepend(tmp_path)
     names = ("somewhere/one.py", "somewhere/inner")
-    hashes = [code_hash(names)]
+
+    def in_a_new_process() -> str:
+        code_hash_module._hash_once.cache_clear()
+        return code_hash(names)
+
+    hashes = [in_a_new_process()]
     (package / "inner" / "page.jinja").write_text("a page")
-    hashes.append(code_hash(names))
+    hashes.append(in_a_new_process())
     (package / "one.py").write_text("x = 2")
-    hashes.append(code_hash(names))
-    assert len(set(hashes)) == 3 and code_hash(names) == hashes[-1]
+    hashes.append(in_a_new_process())
+    assert len(set(hashes)) == 3 and in_a_new_process() == hashes[-1]
     (package / "two.py").write_text("not named")
-    assert code_hash(names) == hashes[-1]
+    assert in_a_new_process() == hashes[-1]
     with pytest.raises(FileNotFoundError, match="three.py"):
         code_hash(("somewhere/three.py",))
 

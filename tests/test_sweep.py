@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,28 @@ from conftest import make_tiny_pipeline
 from PIL import Image
 from safetensors.torch import save_file
 
+from hcf.artifact import Sampling
 from hcf.cli import main
-from hcf.errors import InvalidArtifact, RecipeError
-from hcf.quality.evaluate import Evaluation
+from hcf.code_hash import code_hash
+from hcf.distill.data import keep, kept
+from hcf.errors import HcfError, RecipeError
 from hcf.quality.features import image_features
 from hcf.quality.frechet import REFERENCE_FILE, fit_reference, save_reference
-from hcf.quality.intervals import Interval, Paired, mean_draws, resample
-from hcf.settings import Threshold
-from hcf.sweep.compare import run_sweep
-from hcf.sweep.recipe import Student, SweepConfig, load_sweep, students_of
-from hcf.sweep.record import Cell, Cost, Goal, SweepRecord, read_record, write_record
-from hcf.sweep.students import turn
-from hcf.sweep.table import markdown
-from hcf.sweep.verdict import judge_goals, pareto, winners
+from hcf.quality.intervals import Interval
+from hcf.quality.rules import ASPECTS
+from hcf.quality.sampling import Prompt
+from hcf.run_stages import run_distill
+from hcf.settings import DistillConfig
+from hcf.sweep.compare import count_samples, plain, run_sweep, train_steps
+from hcf.sweep.draw import Model, On, see
+from hcf.sweep.recipe import DrawConfig, Student, SweepConfig, load_sweep, students_of
+from hcf.sweep.record import Sample, SweepRecord, read_record
+from hcf.sweep.students import leave_out, train_students, turn
+from hcf.sweep.timing import kept_timing, set_threads, teacher_ms
+from hcf_bench.environment import read_environment, usable_cores
+from hcf_bench.results import Bounds, Comparison, Latency
+from hcf_bench.results import Side as BenchSide
+from hcf_bench.statistics import Verdict
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "distill"
 PROMPTS = ["cat", "dog", "bird", "tree"]
@@ -117,13 +126,18 @@ def test_a_record_holds_quality_speed_and_cost(made: Any, teacher: Path) -> None
     assert base.cost.gflop == pytest.approx(6 * one.cost.gflop) and base.cost.train_s is None
     assert (two.cost.train_images, one.cost.train_steps) == (4, 2)
     assert two.cost.trained_share == 1 and 0 < one.cost.trained_share < 0.2
-    assert one.speedup and one.latency_ms and base.latency_ms
+    assert one.speedup and one.clock and base.latency_ms
+    assert one.latency_ms == base.latency_ms / one.speedup.value
+    assert base.scheduler == "DDIMScheduler" and record.reference_images == 6
+    assert record.samples["fed"] == Sample(images=8, prompts=4)
     assert [(g.metric, g.state) for g in one.goals] == [("fed", "met"), ("diversity", "missed")]
     assert two.goals[0].state == "missed" and "no judge" in two.goals[0].found
     assert [w.name for w in record.winners] == NAMES[::-1]
     assert "misses diversity >= 5" in record.winners[0].text
     assert read_record(out / "comparison.json") == record
     text = (out / "comparison.md").read_text()
+    assert "FED: 8 images of 4 distinct prompts a model" in re.sub(", diversity", "", text)
+    assert "The teacher: DDIMScheduler, 3 steps, guidance 2. The students'" in text
     assert "**missed**" in text and "hcf sweep x" in text and str(teacher.parent) not in text
     assert Image.open(out / "comparison.png").size[0] > 500
     assert Image.open(out / "grid.png").size == (2 * 20 + 4, 3 * 20 + 4)
@@ -156,13 +170,15 @@ def test_more_images_are_drawn_alone_and_a_student_that_diverges_is_left_out(
 
     code, text = hcf("sweep", recipe, "-o", out, "--dry-run")
     assert code == 0 and "wild-1: 12 steps to train" in text and "consistency-2: there" in text
-    code, text = hcf("sweep", recipe, "-o", out, "--store")
+    code, text = hcf("sweep", recipe, "-o", out, "--store", "--only", "*-?")
     assert code == 12 and "wild-1: the training diverged" in text
     drawn = re.findall(r"(\S+): (\d+) of 15 images", text)
     assert drawn == [(name, n) for name in ("teacher", NAMES[0]) for n in ("10", "15")]
     found = read_record(tmp_path / "results" / "mine.json")
     assert list(found.failed) == ["wild-1"] and len(found.cells) == 2
     assert str(teacher.parent) not in json.dumps(found.failed)
+    assert "checkpoints are" not in found.failed["wild-1"]  # the fix is for who runs it
+    assert found.command == f"hcf sweep {recipe} --only '*-?'"
     assert "(mine.png)" in (tmp_path / "results" / "mine.md").read_text()
     assert (tmp_path / "results" / "mine.png").read_bytes() == (out / "comparison.png").read_bytes()
     code, text = hcf("sweep", recipe, "-o", out, "--only", "nobody*")
@@ -222,80 +238,7 @@ def test_shipped_recipes_spread() -> None:
         assert set(config.goals) == {1, 2, 4}
 
 
-def between(value: float, low: float, high: float, base: float = 1.0) -> Paired:
-    whole = Interval(value, low, high)
-    over = Interval(value / base, low / base, high / base)
-    less = Interval(value - base, low - base, high - base)
-    return Paired(Interval(base, base, base), whole, over, less)
-
-
-@pytest.mark.parametrize(
-    ("bound", "value", "low", "high", "state"),
-    [
-        ({"ratio_max": 1.05}, 1.04, 1.0, 1.08, "met"),
-        ({"ratio_max": 1.0}, 1.02, 0.99, 1.05, "within"),
-        ({"ratio_max": 1.0}, 1.02, 1.01, 1.03, "missed"),
-        ({"ratio_min": 0.95}, 0.94, 0.93, 0.96, "within"),
-        ({"min": 2}, 1.0, 0.9, 1.1, "missed"),
-        ({"drop_max": 0.02}, 0.98, 0.95, 1.0, "met"),
-        ({"drop_max": 0.02}, 0.97, 0.95, 0.99, "within"),
-        ({"drop_max": 0.02}, 0.9, 0.88, 0.92, "missed"),
-    ],
-)
-def test_goals_are_held_against_the_interval(
-    bound: dict[str, float], value: float, low: float, high: float, state: str
-) -> None:
-    (goal,) = judge_goals({"fed": Threshold(**bound)}, {"fed": between(value, low, high)}, {})
-    assert goal.state == state
-
-
-def cell(name: str, ms: float, fed: float, *, steps: int = 4, missed: bool = False) -> Cell:
-    cost = Cost(train_s=ms, denoiser_calls=1, denoiser_rows=1, gflop=1)
-    state: Any = "missed" if missed else "met"
-    return Cell(
-        name=name, method="m", kind="full", steps=steps, guidance_scale=1, content_hash="",
-        metrics={"fed": between(fed, fed, fed)}, latency_ms=ms, timing="", cost=cost,
-        speedup=Interval(9 / ms, 8.9 / ms, 9.1 / ms),
-        goals=(Goal(metric="diversity", bound="ratio >= 0.95", state=state, found=""),),
-    )  # fmt: skip
-
-
-def test_the_front_holds_what_nothing_beats() -> None:
-    cells = [cell("a", 1, 3), cell("b", 2, 2), cell("c", 2, 4), cell("d", 3, 2), cell("e", 3, 1)]
-    cells.append(cell("f", 1.99, 2.5))  # faster than b by noise alone
-    assert pareto(cells, "fed") == {"a", "b", "e"}
-    assert pareto([*cells, cell("teacher", 9, 0.5)], "fed") == {"a", "b", "e", "teacher"}
-
-
-def test_who_wins_and_who_is_not_told_apart() -> None:
-    rng, group = np.random.default_rng(0), np.arange(40)
-    weights, shared = resample(40, seed=0), rng.normal(10, 3, 40)
-
-    def judged(shift: float) -> Evaluation:
-        each = shared + shift + rng.normal(0, 0.1, 40)
-        own = mean_draws(each, group, weights)
-        return Evaluation({"fed": float(each.mean())}, {}, draws={"fed": own})
-
-    found = {"best": judged(0), "close": judged(0.01), "far": judged(1), "thin": judged(-2)}
-    cells = [
-        cell(name, ms, e.values["fed"], missed=name == "thin")
-        for ms, (name, e) in enumerate(found.items(), 1)
-    ]
-    (winner,) = winners(cells, found, "fed")
-    assert {winner.name, *winner.tied} == {"best", "close"} and winner.cheapest == "best"
-    (worst,) = winners(cells[3:], found, "fed")
-    assert worst.name == "thin" and "it misses diversity ratio >= 0.95" in worst.text
-
-
-def test_a_record_is_strict_and_two_sweeps_take_turns(
-    tmp_path: Path, saved: Callable[[], Path]
-) -> None:
-    path = saved()
-    tree = json.loads(path.read_text())
-    for change in ({"extra": 1}, {"cells": [{**tree["cells"][0], "speed": 1}]}, {"seed": "x"}):
-        path.write_text(json.dumps({**tree, **change}))
-        with pytest.raises(InvalidArtifact, match="run hcf sweep again"):
-            read_record(path)
+def test_two_sweeps_take_turns(tmp_path: Path) -> None:
     waited: list[str] = []
 
     class Waiting(BaseException): ...
@@ -313,16 +256,165 @@ def test_a_record_is_strict_and_two_sweeps_take_turns(
     assert waited == ["a: waiting for another sweep that is at it"]
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[[], Path]:
-    def write() -> Path:
-        record = SweepRecord(
-            name="x", date="", command="", model="", images=2, prompts=2, seed=0, resamples=100,
-            quality="fed", engine="eager", precision="fp32", cells=(cell("a", 1, 2),), winners=(),
-            environment={}, machine="", recipe={},
-        )  # fmt: skip
-        write_record(tmp_path / "record.json", record)
-        assert "| a | 4 |" in markdown(record, "x.png")
-        return tmp_path / "record.json"
+def test_a_defect_stops_the_sweep_and_what_was_trained_is_found_again(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, students = spread(tiny_tree(teacher))
+    (tmp_path / "students").mkdir()
 
-    return write
+    def broken(temporary: Any, inputs: Any, settings: Any, log: Any) -> None:
+        if settings.method == "trajectory":
+            raise RuntimeError("a defect")
+        run_distill(temporary, inputs, settings, log)
+
+    monkeypatch.setattr("hcf.sweep.students.run_distill", broken)
+    failed: dict[str, str] = {}
+    with pytest.raises(RuntimeError, match="a defect"):
+        train_students(config, students, tmp_path, failed, print)
+    monkeypatch.undo()
+    lines: list[str] = []
+    found = train_students(config, students, tmp_path, failed, lines.append)
+    assert list(found) == NAMES and not failed
+    assert "[1/2] consistency-2: trained before, used again" in lines
+    assert "[2/2] trajectory-1-lora-rank=2: started" in lines
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_reason_in_the_record_names_no_folder_of_this_machine(
+    relative: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    work = Path("out.work") if relative else tmp_path / "out.work"
+    failed: dict[str, str] = {}
+    for folder in (work, work.resolve(), Path.cwd()):
+        error = HcfError(f"{folder / 'students'}/a is\n broken", f"delete {folder}/students/a")
+        leave_out("a", error, failed, lambda line: None)
+        assert plain(failed["a"], Path("models"), work) == "students/a is broken"
+    elsewhere = Path("/data/out.work")
+    assert plain("/data/out.work is full", elsewhere, elsewhere.parent) == "out.work is full"
+    assert plain("../x/y: models/z", Path("models"), work) == "../x/y: z"
+    assert plain("../x/y", Path("."), work) == "../x/y"
+
+
+def test_one_number_of_threads_whatever_the_environment_says(teacher: Path) -> None:
+    before = torch.get_num_threads()
+    tree = tiny_tree(teacher)
+    del tree["threads"]
+    try:
+        torch.set_num_threads(usable_cores() + 1)  # what OMP_NUM_THREADS does
+        assert set_threads(spread(tree)[0]) == torch.get_num_threads() == usable_cores()
+        tree["bench"]["threads"] = 3
+        assert set_threads(spread(tree)[0]) == torch.get_num_threads() == 3
+        assert set_threads(spread({**tree, "threads": 1})[0]) == torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def opened(name: str) -> Any:
+    model = Model(name, Path(name), name, Sampling(steps=1))
+    return SimpleNamespace(
+        model=model,
+        on=On("eager", None, "cpu", 1),
+        log=lambda line: None,
+        accelerated=lambda: "pipe",
+    )
+
+
+def timed(speedup: float | None) -> Comparison:
+    given = None if speedup is None else Bounds(value=speedup, low=speedup, high=speedup)
+    side = BenchSide(name="x", latency=Latency.of([8.0, 9.0, 10.0]))
+    return Comparison(
+        workload="w", verdict=Verdict.INVALID if given is None else Verdict.FASTER, reason="r",
+        paired=True, baseline=side, candidate=side, speedup=given, threshold=0.01, floor_ms=0,
+        seed=0, environment=read_environment(1),
+    )  # fmt: skip
+
+
+def test_an_invalid_timing_is_made_again_and_two_never_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [timed(None), timed(2.0)]
+    monkeypatch.setattr("hcf.sweep.timing._time", lambda *sides: answers.pop(0))
+    both = opened("teacher"), opened("student")
+    bench = spread(tiny_tree(tmp_path))[0].bench
+
+    def time() -> Comparison:
+        return kept_timing(bench, *both, tmp_path, lambda line: None)
+
+    assert [time().speedup is None, time().speedup is None] == [True, False]
+    assert time().speedup and not answers  # kept
+    assert [path.name for path in tmp_path.glob(".lock-*")] == [".lock-machine"]
+    assert teacher_ms([None, time()]) == 9 and teacher_ms([None]) is None
+
+
+def test_how_many_are_shown_is_of_the_first_chunk_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, int]] = []
+
+    def draw(pipe: Any, sampling: Any, prompts: Any, seeds: Any, batch: int, shown: int) -> Any:
+        drawn.append((seeds[0], shown))
+        n = len(prompts)
+        return {
+            "features": torch.zeros(n, 2),
+            "hits": torch.zeros(n, len(ASPECTS)),
+            "shown": torch.zeros(shown, 2, 2, 3, dtype=torch.uint8),
+        }
+
+    monkeypatch.setattr("hcf.sweep.draw._draw", draw)
+    prompts = [Prompt(str(i), text) for i, text in enumerate(PROMPTS)]
+    for shown in (1, 2):
+        config = DrawConfig(images=4, chunk=2, shown=shown)
+        assert len(see(opened("a"), prompts, config, tmp_path).shown) == shown
+    assert drawn == [(0, 1), (2, 0), (0, 2)]
+
+
+def test_a_kept_file_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    keep(path, {"x": torch.arange(100)}, key="a")
+    assert kept(path, key="b") is None
+    whole = path.read_bytes()
+    for size in (0, 5, len(whole) - 10):
+        path.write_bytes(whole[:size])
+        assert kept(path, key="a") is None
+    path.write_bytes(whole)
+    found = kept(path, key="a")
+    assert found and found["x"].tolist() == list(range(100))
+
+
+def test_images_and_prompts_behind_each_metric() -> None:
+    truth = {"objects": []}
+    kinds = [("cat", "emoji"), ("cat", "emoji"), ("dog", "emoji"), ("red", "shapes")]
+    prompts = [
+        Prompt(str(i), text, kind, truth=truth if kind == "shapes" else None)
+        for i, (text, kind) in enumerate(kinds)
+    ]
+    nothing = float("nan")
+    hits = {"colour": [nothing, nothing, nothing, 1.0], "pair": [nothing] * 4}
+    assert count_samples(prompts, hits) == {
+        "fed": Sample(images=3, prompts=2),
+        "clip_zh": Sample(images=3, prompts=2),
+        "retrieval_r5": Sample(images=3, prompts=2),
+        "diversity": Sample(images=2, prompts=1),
+        "colour": Sample(images=1, prompts=1),
+    }
+
+
+def test_steps_are_those_of_all_stages_and_of_the_regression_before_them() -> None:
+    def steps(**settings: Any) -> int:
+        return train_steps(DistillConfig.model_validate({"train_steps": 10, **settings}))
+
+    assert steps(method="consistency") == 10
+    assert steps(method="progressive", progressive={"halvings": 3}) == 9
+    regression = {"regression_steps": 5}
+    assert steps(method="distribution_matching", distribution_matching=regression) == 15
+
+
+def test_code_is_hashed_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "committed"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = code_hash(["committed"])
+    (package / "__init__.py").write_text("x = 1")
+    assert code_hash(("committed",)) == before

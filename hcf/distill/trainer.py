@@ -245,17 +245,16 @@ def _regressed(job: Distillation, folder: Path) -> float:
     with."""
     from taiji.train.loop import run
 
-    config = job.config
-    steps = config.distribution_matching.regression_steps if config.distribution_matching else 0
-    if not steps:
+    config, matching = job.config, job.config.distribution_matching
+    if matching is None or not matching.regression_steps:
         return 0.0
+    steps, rate = matching.regression_steps, matching.regression_learning_rate
     job.log(f"{steps} steps of regression on the teacher's trajectories")
     # no more of them than are drawn
     count = min(TrajectoryConfig().count, steps * config.batch_size)
     section = TrajectoryConfig(count=count)
     grid = SolverGrid(job.pipe.scheduler, config.solver_steps, config.steps)
     objective = TrajectoryObjective(job.student, grid, job.guidance, section.huber_c)
-    rate = config.distribution_matching.regression_learning_rate
     loop = loop_config(config.model_copy(update={"train_steps": steps, "learning_rate": rate}))
     draw = trajectory_draw(job, grid, section)
     return run(objective, draw, loop, folder / "regression", job.log)["seconds"]

@@ -12,8 +12,9 @@ waits where the other is at the same model.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hcf.artifact import (
+    INDEX,
     check_model_folder,
     clean_leftovers,
     content_hash,
@@ -29,23 +31,25 @@ from hcf.artifact import (
     save_text,
     staged_folder,
 )
-from hcf.code_hash import code_hash
 from hcf.errors import HcfError, MissingDependency, RecipeError, StorageError
 from hcf.run import ARTIFACT, DONE
 from hcf.run_stages import DATA, manifest_of
 from hcf.settings import CheckConfig, DistillConfig, ProgressiveConfig
 from hcf.sweep.recipe import TEACHER, Student, SweepConfig
-from hcf.sweep.record import Cell, Cost, SweepRecord, write_record
-from hcf.sweep.students import chosen_students, train_students, turn
+from hcf.sweep.record import Cell, Clock, Cost, Sample, SweepRecord, write_record
+from hcf.sweep.students import chosen_students, leave_out, train_students, turn
+from hcf.sweep.timing import kept_timing, set_threads, teacher_ms
 
 if TYPE_CHECKING:
     from hcf.quality.evaluate import Evaluation
+    from hcf.quality.intervals import Doubles
     from hcf.quality.sampling import Prompt
     from hcf.sweep.draw import ImageCost, Model, On, Opened, Seen
     from hcf_bench.results import Comparison
 
 Log = Callable[[str], None]
 RECORD, TABLE, PLOT, GRID = "comparison.json", "comparison.md", "comparison.png", "grid.png"
+CLOCKS: Mapping[str, Clock] = {"wall": "wall", "cpu": "processor", "device": "wall"}
 DEFAULT_STEPS = 50  # of a pipeline whose folder and class name none
 
 
@@ -81,13 +85,12 @@ def run_sweep(
     for part in ("students", "drawn", "timed"):
         (work / part).mkdir(parents=True, exist_ok=True)
         clean_leftovers(work / part)
-    if config.threads:
-        import torch
-
-        torch.set_num_threads(config.threads)
+    threads = set_threads(config)
     failed: dict[str, str] = {}
     folders = train_students(config, chosen, work, failed, log)
-    judged, on, prompts = _judge_models(config, chosen, folders, work, failed, log)
+    judged, on, prompts = _judge_models(config, threads, chosen, folders, work, failed, log)
+    folders_of = config.model.parent, work, work.parent
+    failed = {name: plain(why, *folders_of) for name, why in failed.items()}
     record = make_record(config, judged, on, prompts, failed, command)
     write_output(config, record, judged, output)
     return record
@@ -95,6 +98,7 @@ def run_sweep(
 
 def _judge_models(
     config: SweepConfig,
+    threads: int,
     students: Sequence[Student],
     folders: Mapping[str, Path],
     work: Path,
@@ -111,7 +115,7 @@ def _judge_models(
     if len({prompt.text for prompt in prompts}) < 2:
         raise RecipeError("one prompt alone has no interval", "give two and more: draw.prompts")
     teacher = _model(TEACHER, config.model)
-    on = choose_engine(teacher, config.draw, config.threads, log)
+    on = choose_engine(teacher, config.draw, threads, log)
     log(f"all are drawn and timed on {on.engine} {on.precision or 'fp32'}")
     base = Opened(teacher, on, log)
     judged = [_judge_model(config, base, None, None, prompts, work, log)]
@@ -124,8 +128,7 @@ def _judge_models(
         except (StorageError, MissingDependency):
             raise  # the next student would meet it too
         except HcfError as error:
-            failed[student.name] = " ".join(str(error).split())
-            log(f"{student.name}: left out, {failed[student.name]}")
+            leave_out(student.name, error, failed, log)
     return judged, on, prompts
 
 
@@ -159,7 +162,7 @@ def _judge_model(
         seen = see(opened, prompts, config.draw, folder)
     timing = None
     if teacher is not None:
-        timing = _kept_timing(config, teacher, opened, work / "timed", log)
+        timing = kept_timing(config.bench, teacher, opened, work / "timed", log)
     return Judged(model, student, seen, cost, timing)
 
 
@@ -184,48 +187,6 @@ def _default_guidance(pipe: Any) -> float:
     return 1.0 if default in (None, inspect.Parameter.empty) else float(default)
 
 
-def _kept_timing(
-    config: SweepConfig, teacher: Opened, student: Opened, folder: Path, log: Log
-) -> Comparison:
-    """Interleaved pairs of teacher and student, both on the engine of the comparison."""
-    from hcf.sweep.draw import drawing_key
-    from hcf_bench.compare import PROMPTS, compare_pipelines
-    from hcf_bench.environment import describe, read_environment
-    from hcf_bench.results import Comparison, read_result, write_result
-
-    models, on = (teacher.model, student.model), teacher.on
-    environment = read_environment(config.bench.threads)
-    said = [
-        *(drawing_key(model, on) for model in models),
-        config.bench.model_dump(mode="json"),
-        describe(environment),
-        code_hash(("hcf_bench/compare.py", "hcf_bench/pairs.py", "hcf_bench/statistics.py")),
-    ]
-    key = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-    name = student.model.name
-    path = folder / f"{name}-{key[:12]}.json"
-    with turn(path, name, log):
-        if path.is_file():
-            found = read_result(path)
-            assert isinstance(found, Comparison)
-            return found
-        log(f"{name}: timed against the teacher in pairs")
-        names = [f"{m.name}, {m.sampling.steps} steps, {on.engine}" for m in models]
-        timed = compare_pipelines(
-            teacher.accelerated(),
-            student.accelerated(),
-            config.bench.prompts or PROMPTS,
-            config.bench,
-            sampling=(models[0].sampling, models[1].sampling),
-            names=(names[0], names[1]),
-            content_hashes=(models[0].content_hash, models[1].content_hash),
-            threads=environment.threads,
-        )
-        write_result(path, timed)
-    log(f"{name}: {timed.headline()}")
-    return timed
-
-
 def make_record(
     config: SweepConfig,
     judged: Sequence[Judged],
@@ -248,11 +209,13 @@ def make_record(
         for found in judged
     }  # fmt: skip
     teacher = evaluations[TEACHER]
-    cells = [_cell(config, found, teacher, evaluations[found.model.name]) for found in judged]
-    cells[0] = cells[0].model_copy(update={"latency_ms": _teacher_ms(judged)})
+    base_ms = teacher_ms([found.timing for found in judged])
+    cells = [
+        _cell(config, found, teacher, evaluations[found.model.name], base_ms) for found in judged
+    ]
     front = pareto(cells, config.quality)
     cells = [cell.model_copy(update={"on_front": cell.name in front}) for cell in cells]
-    environment = read_environment(config.bench.threads)
+    environment = read_environment(on.threads)
     return SweepRecord(
         name=config.name,
         date=datetime.now(UTC).date().isoformat(),
@@ -260,6 +223,8 @@ def make_record(
         model=f"{config.model.resolve().name} {judged[0].model.content_hash[:16]}",
         images=len(prompts),
         prompts=len({prompt.text for prompt in prompts}),
+        samples=count_samples(prompts, judged[0].seen.hits),
+        reference_images=_reference_images(data) if "fed" in teacher.values else None,
         seed=config.draw.seed,
         resamples=config.draw.resamples,
         quality=config.quality,
@@ -267,7 +232,7 @@ def make_record(
         precision=on.precision or "fp32",
         cells=tuple(cells),
         winners=winners(cells, evaluations, config.quality),
-        failed={name: plain(config, why) for name, why in failed.items()},
+        failed=dict(failed),
         notes=teacher.notes,
         judge=dict(teacher.judge),
         environment=environment.model_dump(mode="json"),
@@ -276,19 +241,53 @@ def make_record(
     )
 
 
-def plain(config: SweepConfig, text: str) -> str:
-    """`text` without the folders that lead to the model: a record is read on other machines."""
-    return text.replace(f"{config.model.parent}/", "")
+def count_samples(
+    prompts: Sequence[Prompt], hits: Mapping[str, Sequence[float] | Doubles]
+) -> dict[str, Sample]:
+    """Images and distinct prompts behind each metric; NaN of `hits` was not asked for."""
+    times = Counter(prompt.text for prompt in prompts)
+    concepts = [p.text for p in prompts if p.kind != "shapes"]
+    texts = dict.fromkeys(("fed", "clip_zh", "retrieval_r5"), concepts)
+    texts["diversity"] = [p.text for p in prompts if times[p.text] > 1]
+    for aspect, each in hits.items():
+        pairs = zip(prompts, each, strict=True)
+        texts[aspect] = [prompt.text for prompt, hit in pairs if not math.isnan(hit)]
+    return {n: Sample(images=len(own), prompts=len(set(own))) for n, own in texts.items() if own}
 
 
-def _cell(config: SweepConfig, found: Judged, teacher: Evaluation, evaluation: Evaluation) -> Cell:
+def _reference_images(data: Path) -> int:
+    from hcf.quality.frechet import REFERENCE_FILE, load_reference
+
+    return load_reference(data / REFERENCE_FILE).count
+
+
+def plain(text: str, *folders: Path) -> str:
+    """`text` without `folders`, nor the current one: a record is read on other machines."""
+    known = {str(path) for own in folders for path in (own, own.resolve())}
+    # the longest first: one may lie in another
+    for folder in sorted({*known, str(Path.cwd())} - {"."}, key=len, reverse=True):
+        text = text.replace(f"{folder}/", "")
+    return text
+
+
+def _cell(
+    config: SweepConfig,
+    found: Judged,
+    teacher: Evaluation,
+    evaluation: Evaluation,
+    base_ms: float | None,
+) -> Cell:
     from hcf.quality.evaluate import paired
     from hcf.quality.intervals import Interval
     from hcf.sweep.verdict import judge_goals
 
     model, student, timing = found.model, found.student, found.timing
     metrics = paired(teacher, evaluation)
-    missing = {n: plain(config, why) for n, why in evaluation.missing.items() if n not in metrics}
+    missing = {
+        name: plain(why, config.model.parent)
+        for name, why in evaluation.missing.items()
+        if name not in metrics
+    }
     steps = model.sampling.steps or DEFAULT_STEPS
     cost = Cost(
         denoiser_calls=found.cost.calls,
@@ -296,8 +295,8 @@ def _cell(config: SweepConfig, found: Judged, teacher: Evaluation, evaluation: E
         gflop=found.cost.flop / 1e9,
         **(_training(student.config, model.folder) if student else {}),
     )
-    latency = timing.candidate.latency if timing else None
     over = timing.speedup if timing else None
+    clock = None if timing is None or over is None else CLOCKS[timing.clock]
     said = "the baseline" if timing is None else f"{timing.verdict}: {timing.reason}"
     goals = config.goals.get(steps, {}) if student else {}
     return Cell(
@@ -306,23 +305,37 @@ def _cell(config: SweepConfig, found: Judged, teacher: Evaluation, evaluation: E
         kind=student.config.student.kind if student else "",
         steps=steps,
         guidance_scale=model.sampling.guidance_scale,
+        scheduler=_scheduler(model.folder),
         content_hash=model.content_hash,
         metrics=metrics,
         missing=missing,
-        latency_ms=latency.p50_ms if latency else None,
+        latency_ms=_latency_ms(base_ms, over.value if over else None, student),
         speedup=Interval(over.value, over.low, over.high) if over else None,
+        clock=clock,
         timing=said,
         cost=cost,
         goals=judge_goals({str(name): bound for name, bound in goals.items()}, metrics, missing),
     )
 
 
+def _latency_ms(
+    base_ms: float | None, speedup: float | None, student: Student | None
+) -> float | None:
+    """The teacher's over the speed-up: a student's own times have the load of their minute."""
+    if student is None or base_ms is None:
+        return base_ms
+    return None if speedup is None else base_ms / speedup
+
+
+def _scheduler(folder: Path) -> str:
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return str((index.get("scheduler") or ["", ""])[1])
+
+
 def _training(config: DistillConfig, folder: Path) -> dict[str, Any]:
     """What `Cost` says of training, from the student's manifest."""
     told = read_manifest(folder).distillation
-    halvings = (config.progressive or ProgressiveConfig()).halvings
-    stages = halvings if config.method == "progressive" else 1
-    steps = stages * max(1, config.train_steps // stages)
+    steps = train_steps(config)
     return {
         "train_s": told["seconds"],
         "train_steps": steps,
@@ -331,13 +344,13 @@ def _training(config: DistillConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def _teacher_ms(judged: Sequence[Judged]) -> float | None:
-    """The median over the pairs with every student."""
-    from hcf_bench.statistics import percentile
-
-    sides = [found.timing.baseline.latency for found in judged if found.timing]
-    samples = [ms for side in sides if side for ms in side.samples_ms]
-    return percentile(samples, 50) if samples else None
+def train_steps(config: DistillConfig) -> int:
+    """Optimiser steps of the student: of all stages, and of the regression before them."""
+    halvings = (config.progressive or ProgressiveConfig()).halvings
+    stages = halvings if config.method == "progressive" else 1
+    matching = config.distribution_matching
+    regression = matching.regression_steps if matching else 0
+    return regression + stages * max(1, config.train_steps // stages)
 
 
 def write_output(

@@ -123,8 +123,9 @@ def see(opened: Opened, prompts: Sequence[Prompt], config: DrawConfig, folder: P
     parts: list[dict[str, torch.Tensor]] = []
     for start in range(0, len(prompts), config.chunk):
         own = prompts[start : start + config.chunk]
+        shown = config.shown if start == 0 else 0
         said = json.dumps(
-            [start, config.seed, config.batch_size, config.shown, [(p.text, p.truth) for p in own]],
+            [start, config.seed, config.batch_size, shown, [(p.text, p.truth) for p in own]],
             ensure_ascii=False, sort_keys=True,
         )  # fmt: skip
         key = hashlib.sha256(said.encode()).hexdigest()
@@ -133,7 +134,7 @@ def see(opened: Opened, prompts: Sequence[Prompt], config: DrawConfig, folder: P
         if found is None:
             seeds = [config.seed + start + i for i in range(len(own))]
             pipe, sampling = opened.accelerated(), opened.model.sampling
-            found = _draw(pipe, sampling, own, seeds, config, first=start == 0)
+            found = _draw(pipe, sampling, own, seeds, config.batch_size, shown)
             keep(path, found, key=key)
             opened.log(f"{opened.model.name}: {start + len(own)} of {len(prompts)} images")
         parts.append(found)
@@ -150,13 +151,12 @@ def _draw(
     sampling: Sampling,
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
-    config: DrawConfig,
-    *,
-    first: bool,
+    batch_size: int,
+    shown: int,
 ) -> dict[str, torch.Tensor]:
     """{"features" (n, F), "hits" (n, aspects), "shown"} of one chunk"""
     images = generate_images(
-        pipe, [p.text for p in prompts], seeds, batch_size=config.batch_size, sampling=sampling
+        pipe, [p.text for p in prompts], seeds, batch_size=batch_size, sampling=sampling
     )
     hits = np.full((len(prompts), len(ASPECTS)), np.nan)
     scenes = [i for i, p in enumerate(prompts) if p.kind == "shapes" and p.truth]
@@ -166,7 +166,7 @@ def _draw(
     return {
         "features": torch.from_numpy(image_features(images)),
         "hits": torch.from_numpy(hits),
-        "shown": torch.from_numpy(images[: config.shown if first else 0]),
+        "shown": torch.from_numpy(images[:shown]),
     }
 
 

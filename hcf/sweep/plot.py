@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hcf.errors import MissingDependency
 from hcf.quality.intervals import Interval
@@ -13,10 +13,15 @@ from hcf.report.grid import replace_file
 from hcf.sweep.recipe import LOWER_IS_BETTER, TEACHER
 from hcf.sweep.record import SweepRecord
 from hcf.sweep.table import METRICS
+from hcf.sweep.verdict import group_speedups
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DIVERSITY = "diversity"
-APART = 1.035  # students of as many steps
+APART = 1.04  # marks of one latency
+CAPTION = (
+    "latency of one image, ms: the teacher's median / the speed-up. Students of the same work\n"
+    "have one, their median; their marks are spread around it, and the front's line joins the marks"
+)
 
 
 def draw_plot(record: SweepRecord, path: Path) -> None:
@@ -27,8 +32,6 @@ def draw_plot(record: SweepRecord, path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import FuncFormatter
     except ImportError as missing:
         raise MissingDependency(
             f"the plot needs matplotlib: {missing}", fix="pip install 'hcf-toolkit[report]'"
@@ -42,20 +45,22 @@ def draw_plot(record: SweepRecord, path: Path) -> None:
     colours = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
     for axes, metric in zip(panels[:, 0], metrics, strict=True):
         _draw_metric(axes, record, metric, colours)
-    top, bottom = panels[0, 0], panels[-1, 0]
-    _draw_front(top, record)
-    _name_steps(top, record)
+    _draw_front(panels[0, 0], record)
+    _name_steps(panels[0, 0], record)
+    _make_log(panels[-1, 0], "x")
+    panels[-1, 0].set_xlabel(CAPTION, fontsize=9)
+    _write_around(figure, record, colours)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    replace_file(path, buffer.getvalue())
+
+
+def _write_around(figure: Any, record: SweepRecord, colours: dict[str, str]) -> None:
+    from matplotlib.lines import Line2D
+
     figure.suptitle(
         f"{record.name}: {record.images} images a model, {record.engine} {record.precision}",
         x=0.01, ha="left", fontsize=10,
-    )  # fmt: skip
-    bottom.set_xscale("log")
-    bottom.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    bottom.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    bottom.tick_params(axis="x", which="both", labelsize=8)
-    bottom.set_xlabel(
-        "latency of one image, ms (median of pairs; students of as many steps are moved apart)",
-        fontsize=9,
     )  # fmt: skip
     marks = [Line2D([], [], color=c, marker="o", ls="", label=m) for m, c in colours.items()]
     marks += [
@@ -64,9 +69,19 @@ def draw_plot(record: SweepRecord, path: Path) -> None:
         Line2D([], [], color="#888888", lw=1.5, label="Pareto front"),
     ]
     figure.legend(handles=marks, loc="outside right upper", fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    replace_file(path, buffer.getvalue())
+
+
+def _make_log(axes: Any, axis: Literal["x", "y"]) -> None:
+    """A logarithmic axis with plain numbers, but for 70 and 90, which have no room."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.set(**{f"{axis}scale": "log"})
+    lines = axes.xaxis if axis == "x" else axes.yaxis
+    lines.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    lines.set_minor_formatter(
+        FuncFormatter(lambda value, _: "" if f"{value:e}"[0] in "79" else f"{value:g}")
+    )
+    axes.tick_params(axis=axis, which="both", labelsize=8)
 
 
 def _draw_metric(axes: Any, record: SweepRecord, metric: str, colours: dict[str, str]) -> None:
@@ -86,20 +101,27 @@ def _draw_metric(axes: Any, record: SweepRecord, metric: str, colours: dict[str,
             marker="*" if teacher else "o", markersize=11 if teacher else 5.5, capsize=2.5,
             mfc="none" if cell.kind == "lora" else colour, elinewidth=0.9, ls="",
         )  # fmt: skip
+    axes.tick_params(axis="y", labelsize=8)
+    if metric == "fed":  # of one step it is many times that of four
+        _make_log(axes, "y")
     better = "lower" if metric in LOWER_IS_BETTER else "higher"
     axes.set_ylabel(f"{METRICS[metric][0]} ({better} is better)", fontsize=9)
     axes.grid(alpha=0.3)
 
 
 def _places(record: SweepRecord) -> dict[str, float]:
-    """Where a model stands on the axis of latency: students of as many steps side by side."""
-    found: dict[str, float] = {}
-    for steps in {cell.steps for cell in record.cells}:
-        own = [c for c in record.cells if c.steps == steps and c.latency_ms is not None]
-        middle = (len(own) - 1) / 2
-        for i, cell in enumerate(own):
-            found[cell.name] = (cell.latency_ms or 0.0) * APART ** (i - middle)
-    return found
+    """Where a model stands on the axis of latency: those of one latency side by side."""
+    base = next((c.latency_ms for c in record.cells if c.name == TEACHER), None)
+    if base is None:
+        return {}
+    at: dict[float, list[str]] = {}
+    for name, speedup in group_speedups(record.cells).items():
+        at.setdefault(base / speedup.value, []).append(name)
+    return {
+        name: ms * APART ** (i - (len(names) - 1) / 2)
+        for ms, names in at.items()
+        for i, name in enumerate(names)
+    }
 
 
 def _name_steps(axes: Any, record: SweepRecord) -> None:

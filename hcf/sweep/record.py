@@ -14,6 +14,7 @@ from hcf.quality.intervals import Interval, Paired
 
 SCHEMA_VERSION: Final = 1
 State = Literal["met", "within", "missed"]
+Clock = Literal["wall", "processor"]
 
 
 class _Data(BaseModel):
@@ -22,20 +23,23 @@ class _Data(BaseModel):
 
 class Goal(_Data):
     """A bound of the recipe. "met" by the estimate; "within": the estimate misses it, its interval
-    does not; "missed" by the whole interval, or not to be computed."""
+    does not; "missed" by the whole interval, or not to be computed. `reaches_past`: the interval
+    holds values that miss it."""
 
     metric: str
     bound: str
     state: State
     found: str
+    reaches_past: bool = False
 
 
 class Cost(_Data):
     """Of training (None for the teacher) and of one image.
 
-    train_s: seconds in the training loop, those before an interruption too. train_images: rows
-    times optimiser steps. trained_share: of the parameters. denoiser_calls, denoiser_rows: of one
-    image, guidance has two rows a call. gflop: of all of them, 2 a multiply-accumulate.
+    train_s: seconds in the training loop, those before an interruption too; the teacher's
+    trajectories are solved before it. train_images: rows times optimiser steps. trained_share: of
+    the parameters. denoiser_calls, denoiser_rows: of one image, guidance has two rows a call.
+    gflop: of the denoiser in all of them, 2 a multiply-accumulate.
     """
 
     train_s: float | None = None
@@ -52,7 +56,8 @@ class Cell(_Data):
 
     `metrics` hold the model's value as `candidate` and the teacher's as `baseline`. `speedup` is
     over the teacher from interleaved pairs, None for the teacher and where they are invalid;
-    `timing` says why, or names the verdict.
+    `timing` says why, or names the verdict. `clock`: what it was decided on, "processor" where
+    other work kept the threads waiting. `latency_ms` is the teacher's divided by the speed-up.
     """
 
     name: str
@@ -60,11 +65,13 @@ class Cell(_Data):
     kind: str
     steps: int
     guidance_scale: float | None
+    scheduler: str = ""
     content_hash: str
     metrics: dict[str, Paired]
     missing: dict[str, str] = {}
     latency_ms: float | None
     speedup: Interval | None
+    clock: Clock | None = None
     timing: str
     cost: Cost
     goals: tuple[Goal, ...] = ()
@@ -72,18 +79,24 @@ class Cell(_Data):
 
 
 class Winner(_Data):
-    """The best of the students of `steps`; `tied` are not told apart from it by the interval of
-    their ratio, and `cheapest` of them all trained for the least time."""
+    """Who wins of the students of `steps`; `tied` miss as few goals and are not told apart."""
 
     steps: int
     name: str
     tied: tuple[str, ...]
-    cheapest: str
     text: str
 
 
+class Sample(_Data):
+    """How many images, of how many distinct prompts, a metric is computed from."""
+
+    images: int
+    prompts: int
+
+
 class SweepRecord(_Data):
-    """comparison.json. `failed`: students without a row, and why."""
+    """comparison.json. `samples` by metric; `reference_images`: FED's; `failed`: students without a
+    row, and why."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["comparison of students"] = "comparison of students"
@@ -93,6 +106,8 @@ class SweepRecord(_Data):
     model: str
     images: int
     prompts: int
+    samples: dict[str, Sample] = {}
+    reference_images: int | None = None
     seed: int
     resamples: int
     quality: str

@@ -72,11 +72,16 @@ def train_students(
                 except (StorageError, MissingDependency):
                     raise  # the next student would meet it too
                 except HcfError as error:
-                    failed[student.name] = " ".join(str(error).split())
-                    log(f"{label}: left out, {failed[student.name]}")
+                    leave_out(student.name, error, failed, log)
                     continue
         found[student.name] = folder
     return found
+
+
+def leave_out(name: str, error: HcfError, failed: dict[str, str], log: Log) -> None:
+    """Notes why a student has no row; what to do about it is for who runs the sweep."""
+    failed[name] = " ".join(error.message.split())
+    log(f"{name}: left out, {' '.join(str(error).split())}")
 
 
 def _student_step(student: Student, teacher: str, work: Path) -> tuple[Step, Path]:
