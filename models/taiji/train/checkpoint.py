@@ -215,8 +215,19 @@ def save_component(component: Any, folder: Path) -> None:
     staging = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     component.save_pretrained(staging)
+    forget_origin(staging)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(staging, folder)
+
+
+def forget_origin(folder: Path) -> None:
+    """Takes the folder that a model was loaded from out of its configurations: it is of another
+    machine for whoever reads them."""
+    for name in ("config.json", "model_index.json"):
+        for path in folder.rglob(name):
+            settings = json.loads(path.read_text())
+            if settings.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

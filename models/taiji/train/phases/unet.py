@@ -29,6 +29,7 @@ from taiji.text.captions import CaptionConfig, drop_conditions, only_chinese, pr
 from taiji.text.conditioner import TextConditioner
 from taiji.text.fusion import unet_condition
 from taiji.text.tokenizer import open_tokenizer, overlong, tokens
+from taiji.train.checkpoint import forget_origin
 from taiji.train.latents import Latents, corpus_latents
 from taiji.train.loop import Batch, Log, LoopConfig, run
 from taiji.train.parallel import rank
@@ -308,6 +309,7 @@ def save_pipeline(pipe: TaijiStableDiffusionPipeline, folder: Path) -> None:
     for module in halved:
         module.half()
     pipe.save_pretrained(staging)
+    forget_origin(staging)
     for module in halved:
         module.float()
     for item in staging.iterdir():
