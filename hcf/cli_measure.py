@@ -32,6 +32,12 @@ def check(
     recipe: RecipeOption = None,
     set: SetOption = None,
     images: Annotated[int | None, typer.Option(min=1, help="Prompts, one seed each.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of both, not each its own.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1, help="Of both, not each its own.")
+    ] = None,
     engine: EngineOption = "auto",
     threads: ThreadsOption = None,
     seed: SeedOption = None,
@@ -44,7 +50,10 @@ def check(
     from hcf.run_stages import check_artifacts
     from hcf.settings import CheckConfig
 
-    options = {"images": images, "threads": threads, "seed": seed}
+    options = {
+        "images": images, "steps": steps, "guidance_scale": guidance_scale,
+        "threads": threads, "seed": seed,
+    }  # fmt: skip
     config = stage_config(CheckConfig, "check", recipe, set or (), **options)
     verdict = check_artifacts(baseline, candidate, config, engine=engine, log=make_log(format))
     if output:

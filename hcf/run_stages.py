@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hcf.artifact import MANIFEST, Manifest, Sampling, default_sampling, read_manifest, save_text
+from hcf.errors import RecipeError
 from hcf.recipe import stage_config
 from hcf.run import ARTIFACT, VERDICT, Inputs, Log, Stage
 from hcf.settings import (
@@ -136,10 +137,14 @@ STAGES: Mapping[str, Stage] = {
 def check_artifacts(
     baseline: Path, candidate: Path, config: CheckConfig, *, engine: str = "auto", log: Log = print
 ) -> Verdict:
-    """The quality gate on two model folders; the judge and prompts come from either one's data."""
+    """The quality gate on two model folders; the judge and prompts come from either one's data.
+
+    Raises RecipeError for a guidance scale that a side cannot take: its own is folded in.
+    """
     from hcf.load import load
     from hcf.quality.gate import check_pipelines
 
+    samplings = [_sampling_asked(side, config) for side in (baseline, candidate)]
     data = next((f / DATA for f in (baseline, candidate) if (f / DATA).is_dir()), None)
     return check_pipelines(
         load(baseline, engine="eager", threads=config.threads),
@@ -147,9 +152,22 @@ def check_artifacts(
         config,
         data,
         log,
-        baseline_sampling=sampling_of(baseline),
-        candidate_sampling=sampling_of(candidate),
+        baseline_sampling=samplings[0],
+        candidate_sampling=samplings[1],
     )
+
+
+def _sampling_asked(path: Path, config: CheckConfig) -> Sampling:
+    """The folder's own, with what the check sets."""
+    found, scale = manifest_of(path), config.guidance_scale
+    told = found.distillation.get("guidance_embedding") if found.distillation else None
+    if scale not in (None, 1) and found.sampling.guidance_scale == 1 and not told:
+        raise RecipeError(
+            f"{path} has its guidance folded in: it is sampled with guidance_scale=1, not {scale:g}",
+            fix="leave guidance_scale out, or distil with guidance_embedding",
+        )
+    given = {"steps": config.steps, "guidance_scale": scale}
+    return found.sampling.model_copy(update={k: v for k, v in given.items() if v is not None})
 
 
 def manifest_of(path: Path) -> Manifest:

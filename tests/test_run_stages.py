@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hcf.artifact import read_manifest, verify
-from hcf.errors import GateFailed
+from hcf.artifact import Sampling, clone_artifact, read_manifest, verify, write_manifest
+from hcf.errors import GateFailed, RecipeError
 from hcf.recipe import Recipe
 from hcf.run import run_recipe
+from hcf.run_stages import check_artifacts
+from hcf.settings import CheckConfig
 
 PROMPTS = ["a red cat", "two blue circles", "a yellow sun", "一只猫"]
 
@@ -84,3 +86,27 @@ def test_every_stage_for_real(teacher: Path, tmp_path: Path) -> None:
     pipe = hcf.load(output)
     image = pipe("一只猫", num_inference_steps=2, guidance_scale=1.0).images[0]
     assert image.size == (16, 16)
+
+
+def test_a_check_may_set_steps_and_guidance_of_both(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of a student whose guidance is folded in; of one that is told it."""
+    seen: list[Sampling] = []
+
+    def check(*args: object, baseline_sampling: Sampling, candidate_sampling: Sampling) -> None:
+        seen.extend([baseline_sampling, candidate_sampling])
+
+    monkeypatch.setattr("hcf.quality.gate.check_pipelines", check)
+    student = tmp_path / "student"
+    manifest = clone_artifact(teacher, student)
+    manifest.sampling = Sampling(steps=2, guidance_scale=1.0)
+    write_manifest(student, manifest)
+    check_artifacts(teacher, student, CheckConfig(images=2, steps=3))
+    assert [s.steps for s in seen] == [3, 3] and seen[1].guidance_scale == 1
+    with pytest.raises(RecipeError, match=r"student has its guidance folded in"):
+        check_artifacts(teacher, student, CheckConfig(images=2, guidance_scale=5))
+    manifest.distillation = {"guidance_embedding": {"width": 16}}
+    write_manifest(student, manifest)
+    check_artifacts(teacher, student, CheckConfig(images=2, guidance_scale=5))
+    assert [s.guidance_scale for s in seen[2:]] == [5, 5] and seen[3].steps == 2

@@ -15,7 +15,8 @@ class CheckConfig(Config):
 
     `baseline` and `candidate` name artefacts of the run: the given model, the distilled student,
     the built result. `prompts` is a list or a file like check_prompts.json; each is drawn
-    `images_per_prompt` times, which the metric `diversity` needs.
+    `images_per_prompt` times, which the metric `diversity` needs. `steps` and `guidance_scale` are
+    for both sides; without them each is sampled as its folder says.
     """
 
     name: str = "quality"
@@ -25,6 +26,8 @@ class CheckConfig(Config):
     images_per_prompt: int = Field(1, gt=0)
     batch_size: int = Field(16, gt=0)
     prompts: list[str] | Path | None = None
+    steps: int | None = Field(None, gt=0)
+    guidance_scale: float | None = Field(None, ge=1)
     thresholds: dict[str, Threshold] = {}
     threads: int | None = Field(None, gt=0)
     seed: int = 0
