@@ -32,9 +32,7 @@ def check(
     recipe: RecipeOption = None,
     set: SetOption = None,
     images: Annotated[int | None, typer.Option(min=1, help="Prompts, one seed each.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Of both, not each its own.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of both, not each its own.")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(min=1, help="Of both, not each its own.")
     ] = None,

@@ -163,7 +163,7 @@ def _sampling_asked(path: Path, config: CheckConfig) -> Sampling:
     told = found.distillation.get("guidance_embedding") if found.distillation else None
     if scale not in (None, 1) and found.sampling.guidance_scale == 1 and not told:
         raise RecipeError(
-            f"{path} has its guidance folded in: it is sampled with guidance_scale=1, not {scale:g}",
+            f"{path} has its guidance folded in: it is sampled with scale 1, not {scale:g}",
             fix="leave guidance_scale out, or distil with guidance_embedding",
         )
     given = {"steps": config.steps, "guidance_scale": scale}
