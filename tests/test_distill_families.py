@@ -183,7 +183,7 @@ def test_the_teacher_stays_in_the_bounds_of_the_pixels(tmp_path: Path) -> None:
     for bounds in (Bounds.of(pipe), None):
         kept, _ = solve(
             Teacher(pipe.unet, uncond, bounds), grid, Guidance(7.5, 7.5, None), cond,
-            (3, 16, 16), 1, seed=0, batch_size=1, log=quiet,
+            torch.arange(1), (3, 16, 16), 1, seed=0, batch_size=1, log=quiet,
         )  # fmt: skip
         ends.append(kept["points"][0, -1].float())
     noise = kept["points"][:, 0].float()

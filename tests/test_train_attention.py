@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from taiji.train.attention import MOST_KEYS, ShortAttention
+from taiji.train.attention import MOST_KEYS, ShortAttention, short_attention
 
 KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -96,3 +98,26 @@ def test_the_loop_trains_with_it(tmp_path, monkeypatch):
     with Kernels() as kernels:
         loop.run(Objective(), draw, config, tmp_path)
     assert kernels.seen and {dtype for _, dtype in kernels.seen} == {torch.float32}
+
+
+def test_not_where_gradients_are_checkpointed():
+    """The second forward pass, inside of backward, has to be of the first one's dtypes."""
+
+    class Block(nn.Module):
+        gradient_checkpointing = False
+
+        def forward(self, *inputs):
+            if self.gradient_checkpointing:
+                return checkpoint(attend, *inputs, use_reentrant=False)
+            return attend(*inputs)
+
+    def dtypes(block, module):
+        with short_attention(module), torch.autocast("cpu", torch.bfloat16), Kernels() as kernels:
+            block(*heads(12)).float().square().sum().backward()
+        return [dtype for _, dtype in kernels.seen]
+
+    block = Block()
+    module = nn.Sequential(nn.Linear(1, 1), block)
+    assert dtypes(block, module) == [torch.float32] * 2
+    block.gradient_checkpointing = True
+    assert dtypes(block, module) == [torch.bfloat16] * 3

@@ -6,14 +6,26 @@ a few hundred keys, whatever is computed: a third of a small U-Net's step. Measu
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 MOST_KEYS = 512
+
+
+def short_attention(module: nn.Module) -> AbstractContextManager[Any]:
+    """`ShortAttention` for a step of `module`; nothing where a part of it checkpoints gradients.
+
+    torch computes such a part again inside of the backward pass, where no function mode reaches,
+    and refuses other dtypes than those of the first time.
+    """
+    if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        return nullcontext()
+    return ShortAttention()
 
 
 class ShortAttention(TorchFunctionMode):

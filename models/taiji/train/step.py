@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from taiji.train.attention import ShortAttention
+from taiji.train.attention import short_attention
 from taiji.train.parallel import mean_over_processes, whole
 from taiji.train.session import Batch, Session, trained_by
 from taiji.train.settings import learning_rate_scale, step_generators
@@ -95,7 +95,7 @@ def _mean(session: Session, values: list[float]) -> float:
 @contextmanager
 def _piece(session: Session, last: bool) -> Iterator[None]:
     """Gradients meet those of other processes at the last piece only."""
-    with session.counter or nullcontext(), ShortAttention():
+    with session.counter or nullcontext(), short_attention(session.module):
         if isinstance(session.model, FSDPModule):
             session.model.set_requires_gradient_sync(last)
             yield
