@@ -195,12 +195,15 @@ class LiveBytes(TorchDispatchMode):
 def run_step(networks: Networks, device: str) -> LiveBytes:
     """Takes the step, as `device` ("cpu", "cuda") would; nothing is left in the networks but the
     replaced operators."""
+    from taiji.train.attention import ShortAttention, short_attention
+
     low = networks.config.precision == "bf16"
     for norm in networks.modules():
         if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
             norm.forward = partial(_normalised, norm, low and device == "cuda")  # type: ignore[method-assign]
     networks.autocast = _Autocast(networks) if low else nullcontext()
-    with _flash_attention(low and device == "cpu"), LiveBytes(networks) as live:
+    in_float = low and device == "cpu" and isinstance(short_attention(networks), ShortAttention)
+    with _flash_attention(in_float), LiveBytes(networks) as live:
         networks.step()
     return live
 
