@@ -120,6 +120,22 @@ def test_lcm_sampling_and_lora_are_saved_for_plain_diffusers(
     assert recorded["trained_share"] < 0.2
 
 
+@pytest.mark.parametrize("method", ["progressive", "distribution_matching"])
+def test_a_seed_makes_the_same_student_again(
+    tiny_folder: Path, tmp_path: Path, method: str
+) -> None:
+    """LoRA, merged and begun anew in every halving, and a discriminator begin at random."""
+    prepare(tiny_folder)
+    section = {"halvings": 2} if method == "progressive" else {"gan_weight": 0.1}
+    chosen = config(method=method, student={"kind": "lora", "rank": 2}, **{method: section})
+    made = []
+    for name in ("first", "second"):
+        torch.rand(3)  # what ran before in the process is no part of it
+        distill(tiny_folder, tmp_path / name, chosen, quiet)
+        made.append({p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.safetensors")})
+    assert made[0] == made[1]
+
+
 def test_a_killed_run_goes_on_where_it_was(tiny_folder: Path, tmp_path: Path) -> None:
     prepare(tiny_folder)
     settings = config(method="progressive", progressive={"halvings": 2}, train_steps=8)

@@ -44,6 +44,7 @@ from hcf.distill.data import FOLDER, keep, kept, module_hash, read_captions, rea
 from hcf.distill.job import Draw, Log
 from hcf.distill.probe import Sampler, make_look, moved
 from hcf.distill.save import teacher_sampling
+from hcf.distill.student import seeded
 from hcf.distill.trainer import GRIDS, diverging, loop_config
 from hcf.errors import HcfError, InvalidArtifact, RecipeError
 from hcf.quality.features import Images
@@ -285,8 +286,7 @@ def distill_decoder(
     spec = config.decoder or DecoderConfig()
     pipe = open_pipeline(model)
     vae: Any = getattr(pipe, "vae", None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         tiny = make_tiny(vae, spec)
     perceptual = open_perceptual(spec.perceptual)
     folder = config.data or model / FOLDER

@@ -18,6 +18,14 @@ from hcf.settings import DistillConfig, StudentConfig
 ADAPTER = "student"
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weights that begin at random in here, as those of LoRA do, depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def make_student(denoiser: nn.Module, config: DistillConfig) -> nn.Module:
     """A trainable copy of the frozen `denoiser`, told its guidance scale where the recipe says so,
     smaller where its method is structure.

@@ -47,6 +47,7 @@ from hcf.distill.student import (
     give_back,
     make_student,
     merged,
+    seeded,
     trainable,
     trained_share,
 )
@@ -104,7 +105,8 @@ def distill(
     teacher = Teacher(denoiser, data.uncond, Bounds.of(pipe))
     structure = config.method == "structure"
     guidance = told_scales(config) if structure else Guidance.of(config, teacher)
-    student = make_student(denoiser, config)
+    with seeded(config.seed):
+        student = make_student(denoiser, config)
     job = Distillation(
         config, model, pipe, teacher, student, guidance, data, latent_shape(denoiser, data), log
     )
@@ -230,7 +232,8 @@ def train(job: Distillation, folder: Path) -> tuple[nn.Module, dict[str, float]]
     for stage in range(stages):
         if stages > 1:
             job.log(f"stage {stage + 1} of {stages}")
-        objective, draw = make_objective(job, stage)
+        with seeded(config.seed):
+            objective, draw = make_objective(job, stage)
         probe = None
         if config.probe is not None and stage == stages - 1:
             look = make_look(config, job.model, folder / GRIDS, *samplers(job), job.log)
