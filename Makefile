@@ -2,7 +2,6 @@
 # (needs Python 3.11 or newer and nothing else; gpu needs a host with a GPU and torch)
 PYTHON ?= python3
 BIN := .venv/bin
-export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test check bench gpu gpu-suite gpu-kernels gpu-tests gpu-rehearsal install clean
