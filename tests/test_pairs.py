@@ -223,6 +223,26 @@ def test_a_short_call_is_repeated_within_a_pair() -> None:
     assert samples(short, calls=2) == 12
 
 
+@pytest.mark.parametrize(("longer_ms", "warmed"), [(30.0, False), (50.0, True)])
+def test_the_much_shorter_side_is_warm_when_it_is_timed(longer_ms: float, warmed: bool) -> None:
+    """Idle memory costs the first call after a long one of the other side."""
+    order: list[str] = []
+
+    def side(name: str, ms: float) -> Subject:
+        def sample(_: int) -> Sample:
+            cold = order[-1:] != [name]
+            order.append(name)
+            return Sample(ms * 3 if cold and name == "short" else ms, ms)
+
+        return Subject(name, lambda _: torch.ones(1), sample=sample)
+
+    found = compare_subjects(side("long", longer_ms), side("short", 3.0), workload="w", pairs=6)
+    assert found.baseline.latency is not None and found.candidate.latency is not None
+    assert max(found.candidate.latency.samples_ms) == (3.0 if warmed else 9.0)
+    assert len(found.candidate.latency.samples_ms) == len(found.baseline.latency.samples_ms)
+    assert any("untimed" in note for note in found.notes) == warmed
+
+
 def contended(share: float | None, cpu: bool = True) -> Any:
     """A comparison of 10 and 14 ms on the wall clock, 5 and 5 ms of work."""
     sides = [
