@@ -38,7 +38,7 @@ class BenchConfig(Config):
 
     A ratio within `threshold` of 1 or a difference below `floor_ms` counts as the same speed.
     `min_speedup`: the lower bound of the end-to-end interval must reach it; `min_denoiser_speedup`
-    likewise for the denoiser alone, over eager fp32.
+    likewise for the denoiser alone, over eager fp32. Pairs are taken until that is decided.
     """
 
     pairs: int = Field(10, gt=0)
