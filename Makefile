@@ -25,9 +25,10 @@ check: .venv/.installed
 	$(BIN)/mypy -p hcf -p hcf_kernels -p taiji -p hcf_bench
 
 # One process a core with one thread each is twice as fast as one process with all the threads:
-# most tests are too small to share out. A file stays in one process, for its fixtures.
+# most tests are too small to share out. A file stays in one process, for its fixtures. Waiting threads
+# sleep: where every core has a process, spinning ones made some tests four times as long.
 test: .venv/.installed check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 # a CPU's record: bench/results/<machine>/, rendered into bench/README.md
 bench: .venv/.installed

@@ -65,8 +65,8 @@ SOURCES: Mapping[str, tuple[str, ...]] = {
     "quantize": ("hcf/quantize", "hcf/trace.py"),
     "export": ("hcf/export", "hcf/quantize", "hcf/trace.py"),
     "build": ("hcf/engines", "hcf/export"),
-    "check": ("hcf/quality", *LOADING),
-    "bench": ("hcf_bench", "hcf/engines", *LOADING),
+    "check": ("hcf/quality", "hcf/run_stages.py", *LOADING),
+    "bench": ("hcf_bench", "hcf/engines", "hcf/run_stages.py", *LOADING),
     "report": ("hcf/report", "hcf/run_report.py", *LOADING),
 }
 
