@@ -13,8 +13,8 @@ from hcf.artifact import Sampling, clone_artifact, read_manifest, verify, write_
 from hcf.errors import GateFailed, RecipeError
 from hcf.recipe import Recipe
 from hcf.run import run_recipe
-from hcf.run_stages import check_artifacts
-from hcf.settings import CheckConfig
+from hcf.run_stages import check_artifacts, run_bench
+from hcf.settings import BenchConfig, CheckConfig
 
 PROMPTS = ["a red cat", "two blue circles", "a yellow sun", "一只猫"]
 
@@ -86,6 +86,27 @@ def test_every_stage_for_real(teacher: Path, tmp_path: Path) -> None:
     pipe = hcf.load(output)
     image = pipe("一只猫", num_inference_steps=2, guidance_scale=1.0).images[0]
     assert image.size == (16, 16)
+
+
+def test_pairs_are_taken_until_the_asked_speed_up_is_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A side that is clearly faster may still be slower than what is asked for."""
+    seen: list[float] = []
+
+    def compare(*args: object, **settings: object) -> None:
+        seen.extend(x.threshold for x in args if isinstance(x, BenchConfig))
+        if len(seen) == 3:
+            raise KeyboardInterrupt  # the settings are all that is looked at
+
+    monkeypatch.setattr("hcf_bench.compare.compare_artifacts", compare)
+    monkeypatch.setattr("hcf_bench.compare.compare_denoisers", compare)
+    monkeypatch.setattr("hcf_bench.results.write_result", lambda *_: None)
+    config = BenchConfig(threshold=0.01, min_speedup=5, min_denoiser_speedup=1.2)
+    inputs = {name: tmp_path for name in ("model", "distill", "build")}
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(tmp_path, inputs, config, print)
+    assert seen == pytest.approx([0.01, 4.0, 0.2])
 
 
 def test_a_check_may_set_steps_and_guidance_of_both(
