@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
+import tempfile
 import types
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +157,87 @@ def test_a_dry_run_says_memory_and_time(tiny_folder: Path, tmp_path: Path) -> No
     assert run(tmp_path / "nothing")["memory"].startswith("not estimated")
     with pytest.raises(InvalidArtifact, match="cannot be estimated"):
         read_denoiser(tmp_path)
+
+
+def train_two_steps(config: DistillConfig) -> tuple[int, int]:
+    """(estimated, resident) bytes: a U-Net of 55M parameters, 4 rows, a process of its own."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    from hcf.distill import trainer
+    from hcf.distill.data import DistillationSet
+    from hcf.distill.job import Distillation
+    from hcf.distill.teacher import Guidance, Teacher
+    from hcf.quantize.estimate import peak_memory
+    from taiji.train import loop
+
+    def unet(*widths: int) -> Any:
+        crossed = len(widths) - 1
+        return UNet2DConditionModel(
+            sample_size=32, block_out_channels=widths, layers_per_block=1, attention_head_dim=8,
+            down_block_types=("CrossAttnDownBlock2D",) * crossed + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * crossed,
+            cross_attention_dim=256, norm_num_groups=8,
+        ).requires_grad_(False)  # fmt: skip
+
+    torch.set_num_threads(1)
+    loop.save = lambda session: None  # a checkpoint is no part of a step
+    rows = {"encoder_hidden_states": torch.zeros(2, 77, 256)}
+    uncond = {name: each[:1] for name, each in rows.items()}
+    pick, latents = torch.tensor([0, 1]), torch.randn(2, 4, 32, 32)
+    data = DistillationSet(rows, uncond, pick, latents, pick)
+    pipe = types.SimpleNamespace(scheduler=DDIMScheduler(prediction_type="v_prediction"))
+
+    def run(denoiser: Any) -> None:
+        teacher, student = Teacher(denoiser, uncond), make_student(denoiser, config)
+        for network in (denoiser, student):
+            frozen_in(network, config.precision)
+        job = Distillation(
+            config, Path(), pipe, teacher, student, Guidance.of(config, teacher), data,
+            (4, 32, 32), lambda line: None,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.train(job, Path(folder))
+
+    run(unet(8, 16))  # what libraries keep once they are used
+    with peak_memory() as peak:
+        large = unet(160, 320, 480)
+        run(large)
+    shapes = work.shapes_of(rows)
+    memory = estimate(large, config, shapes, guided=True, size=(32, 32), device="cpu")
+    return memory.total, peak[0] - peak[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "consistency", "student": {"kind": "lora", "rank": 16}},
+        *(
+            pytest.param(each, marks=pytest.mark.heavy)
+            for each in (
+                {"method": "guidance"},
+                {"method": "guidance", "gradient_checkpointing": True},
+                {"method": "guidance", "precision": "bf16"},
+                {"method": "guidance", "precision": "bf16", "student": {"kind": "lora"}},
+                {"method": "dmd2", "student": {"kind": "lora", "rank": 16}},
+                {"method": "dmd2", "micro_batches": 2},
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_the_estimate_is_what_a_run_takes(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resident bytes, with a glibc that returns what is freed; by default its heap keeps much."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = settings(train_steps=2, batch_size=4, guidance_scale=3.0, **changes)
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        estimated, resident = pool.submit(train_two_steps, config).result()
+    ratio = estimated / resident
+    print(f"{changes}: {estimated / 2**30:.2f} GiB estimated, {ratio:.2f} of what it takes")
+    assert 0.8 < ratio < 1.15
 
 
 def test_frozen_weights_are_in_the_precision_of_training(
