@@ -78,7 +78,12 @@ def make_job(preset: str, config: DistillConfig, log: Log) -> Distillation:
     log(str(memory))
     require_fit(memory, available, denoiser, config, shapes_of(rows), **given)
     denoiser = materialised(denoiser, config.seed)
+    if config.student.kind == "lora":
+        frozen_in(denoiser, config.precision)  # before it is copied: half the memory at the peak
     student = make_student(denoiser, config)
+    for parameter in student.parameters():
+        if parameter.requires_grad:  # LoRA's matrices are made in the precision of their base
+            parameter.data = parameter.data.float()
     for network in (denoiser, student):
         frozen_in(network, config.precision)
     shape = (int(settings["in_channels"]), size, size)
