@@ -60,7 +60,8 @@ def test_one_step_at_the_size_of_a_real_model(
     method: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """LoRA, half of which starts at zero gradient. All weights need a GPU."""
+    """LoRA, half of which starts at zero gradient. All weights need a GPU. The estimate is that of
+    `hcf distill`, which copies before it lowers: here `free` GiB decide."""
     if method == "distribution_matching":
         free = free_matching
     if device_memory()[1] < free * 2**30:
@@ -70,7 +71,7 @@ def test_one_step_at_the_size_of_a_real_model(
         {
             "method": method, "batch_size": 1, "precision": "bf16", "warmup_steps": 0,
             "solver_steps": 4, "student": {"kind": "lora", "rank": 16},
-            "gradient_checkpointing": checkpointing,
+            "gradient_checkpointing": checkpointing, "check_memory": False,
             **({"trajectory": {"count": 1}} if method == "trajectory" else {}),
         }
     )  # fmt: skip
