@@ -230,12 +230,13 @@ def test_bad_recipes_are_refused(tmp_path: Path, students: Any, said: str) -> No
 
 def test_shipped_recipes_spread() -> None:
     paths = [p for p in RECIPES.glob("*.yaml") if "students" in yaml.safe_load(p.read_text())]
-    assert paths
-    for path in paths:
-        config, students = load_sweep(path)
-        assert config.draw.images >= 5000 and {s.config.steps for s in students} >= {1, 2, 4}
+    sweeps = {path.stem: load_sweep(path) for path in paths}
+    assert "compare" in sweeps
+    for config, students in sweeps.values():
+        assert config.draw.images >= 5000
         assert {s.config.student.kind for s in students} == {"full", "lora"}
-        assert set(config.goals) == {1, 2, 4}
+        assert {s.config.steps for s in students} == set(config.goals)  # each budget has a goal
+    assert set(sweeps["compare"][0].goals) == {1, 2, 4}
 
 
 def test_two_sweeps_take_turns(tmp_path: Path) -> None:
