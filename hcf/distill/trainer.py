@@ -121,7 +121,10 @@ def distill(
     for network in (denoiser, student):
         frozen_in(network, config.precision)
     share = noted["trained_share"]
-    log(f"{config.method}: {config.train_steps} steps, {share:.1%} of the parameters are trained")
+    log(
+        f"{config.method}: {config.train_steps} steps in {config.precision}, {share:.1%} of the "
+        "parameters are trained"
+    )
     with diverging(folder):
         student, metrics = train(job, folder)
     if base.exists():

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hcf.settings.base import Config, Threshold
+from taiji.train.precision import TrainingPrecision
 
 
 class GuidanceEmbedding(Config):
@@ -159,7 +160,8 @@ class DistillConfig(Config):
     """Teacher into a student of `steps` steps, its guidance folded in or told.
 
     The teacher's ODE has `solver_steps` points, cut into `steps` phases. `data` is a folder of
-    latents and captions, the model's own hcf_data where not given. `precision` is that of training.
+    latents and captions, the model's own hcf_data where not given. `precision` is that of training:
+    fp32, bf16, or auto, which is read as bf16 where the device has it, as fp32 where it does not.
     The section of another method than `method` is refused; `METHOD_NAMES` are accepted too. What
     the training takes is estimated first and refused where the device has less, unless
     `check_memory` is false.
@@ -188,7 +190,7 @@ class DistillConfig(Config):
     warmup_steps: int = Field(50, ge=0)
     decay_share: float = Field(0.5, ge=0, le=1)
     ema_decay: float = Field(0.99, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: TrainingPrecision = "fp32"
     gradient_checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     check_memory: bool = True

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hcf.settings.base import Config
+from taiji.train.precision import TrainingPrecision
 
 # W8A8 and E4M3, weights alone in 8 or 4 bits, W4A4 with a low-rank branch; "int8-bf16" is the INT8
 # graph with every other layer in bf16.
@@ -45,7 +46,7 @@ class QatConfig(Config):
     batch_size: int = Field(8, gt=0)
     feature_weight: float = Field(0.0, ge=0)
     learn_scales: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: TrainingPrecision = "fp32"
 
 
 class CalibratedConfig(Config):

@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from taiji.train.parallel import gather_into, mean_over_processes, slowest
+from taiji.train.precision import has_bf16
 from taiji.train.resume import LOG_FILE, resume, roll_back, save
 from taiji.train.session import Batch as Batch
 from taiji.train.session import Draw, Session, open_session
@@ -25,6 +26,10 @@ from taiji.train.settings import step_generators as step_generators
 from taiji.train.step import take_step
 from taiji.train.throughput import describe_speed, peak_flops
 
+EMULATED = (
+    "this device has no bf16 arithmetic: a step can take many times as long as with precision "
+    "fp32, which is what precision auto is here"
+)
 STRAGGLING = 0.1  # share of the time that one process waits for data, from which it is named
 
 
@@ -64,6 +69,9 @@ def run(
     ValueError when the checkpoint in `folder` is of another recipe, model or data.
     """
     session = open_session(objective, draw, config, folder, log, data)
+    device = session.accelerator.device.type
+    if config.precision == "bf16" and device in ("cpu", "cuda") and not has_bf16(device):
+        session.log(EMULATED)
     resume(session)
     session.begun = time.monotonic()
     _track(session)

@@ -7,13 +7,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from taiji.train.parallel import ParallelConfig
+from taiji.train.precision import TrainingPrecision
 
 
 class LoopConfig(BaseModel):
     """Settings of a run. The learning rate warms up, stays, then falls linearly to zero over the
     last `decay_share` of the steps (WSD), so that a run can be prolonged before its decay.
 
-    `batch_size` is of all processes together, in `micro_batches` equal pieces.
+    `batch_size` is of all processes together, in `micro_batches` equal pieces. `precision` is fp32,
+    bf16, or auto, which is read as bf16 where the device has it, as fp32 where it does not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,7 +29,7 @@ class LoopConfig(BaseModel):
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: TrainingPrecision = "fp32"
     gradient_checkpointing: bool = False
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     seed: int = 0
