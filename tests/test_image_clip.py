@@ -146,7 +146,9 @@ def test_cached_gradients_are_the_gradients(masking: float) -> None:
     (loss, plain), (cached_loss, cached) = results
     assert cached_loss.item() == pytest.approx(loss.item(), abs=1e-6)
     assert plain.keys() == cached.keys()
-    assert max((plain[n] - cached[n]).abs().max().item() for n in plain) < 1e-6
+    largest = max(gradient.abs().max().item() for gradient in plain.values())
+    worst = max((plain[n] - cached[n]).abs().max().item() for n in plain)
+    assert worst < 1e-5 * largest
     pixels = batch()["images"].numel()  # inputs are kept either way
     assert kept[1] - pixels < (kept[0] - pixels) / 100
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from hcf.engines.reduce_range import for_this_cpu, int8_saturates
 from hcf.errors import HcfError, InvalidArtifact
 from hcf.export import u8s8
 from hcf.export.component import graph_inputs, relative_error
@@ -335,12 +336,13 @@ def test_missing_layers_wrong_shapes_and_second_runs_are_errors(case: Case) -> N
         insert_qdq(onnx.load(str(case.int8)), case.scales)
 
 
-def test_openvino_really_runs_int8(case: Case) -> None:
+def test_openvino_really_runs_int8(case: Case, tmp_path: Path) -> None:
     import openvino
 
     core = openvino.Core()
     options = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(str(case.int8), "CPU", options)
+    with for_this_cpu(case.int8, "int8", tmp_path) as graph:
+        compiled = core.compile_model(str(graph), "CPU", options)
     kinds: Counter[tuple[str, str]] = Counter()
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
@@ -354,7 +356,8 @@ def test_openvino_really_runs_int8(case: Case) -> None:
     found = torch.from_numpy(compiled(inputs)[0])
     written = graph_runner(case.int8, plain_options())(graph_inputs(case.calls[0]))
     plain = graph_runner(case.fp32)(graph_inputs(case.calls[0]))
-    assert relative_error(found, plain) < 1.5 * relative_error(written, plain)
+    limit = 3 if int8_saturates() else 1.5  # there the weights have 7 bits
+    assert relative_error(found, plain) < limit * relative_error(written, plain)
 
 
 def test_onnxruntime_form_really_runs_int8(case: Case, tmp_path: Path) -> None:
@@ -367,7 +370,9 @@ def test_onnxruntime_form_really_runs_int8(case: Case, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [int8.name]
     inputs = graph_inputs(case.calls[0])
     wanted = graph_runner(case.fp32)(inputs)
-    assert 1e-3 < relative_error(graph_runner(int8)(inputs), wanted) < 0.1
+    (tmp_path / "work").mkdir()
+    with for_this_cpu(int8, "int8", tmp_path / "work") as graph:
+        assert 1e-3 < relative_error(graph_runner(graph)(inputs), wanted) < 0.1
 
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "runtime.onnx")

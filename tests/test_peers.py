@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hcf.artifact import Sampling
+from hcf.engines import cpu_flags
 from hcf.errors import HcfError, InvalidArtifact, RecipeError
 from hcf.feature_cache import remove
 from hcf.feature_cache.install import CACHE
@@ -123,6 +124,9 @@ def test_computes_and_reports_what_was_asked(
     if precision.startswith("int8") and name.startswith("hcf"):
         # 12 stay in floating point by the rules, 4 GEGLU projections run in halves
         layers = {"int8": 75, "bf16" if precision == "int8-bf16" else "fp32": 12}
+    elif name == "openvino-int8" and "avx512f" not in cpu_flags():
+        # attention stays in pieces there: its 16 products are counted too, half of them quantised
+        layers = {"int8": 83 + 8, "fp32": 8}
     assert report["layer_precisions"] == layers
     assert precision in name or name in ("eager", "onnxruntime", "openvino", "deepcache-3")
 

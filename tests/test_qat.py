@@ -43,7 +43,7 @@ def scales_of(unet: torch.nn.Module, calls: list[DenoiserCall], form: Any) -> di
 @pytest.mark.parametrize(
     ("form", "settings", "gain"),
     [
-        ("int4", {"learning_rate": 3e-5}, 0.95),
+        ("int4", {"learning_rate": 3e-5}, 0.98),
         ("int4-weight", {"learning_rate": 1e-4, "learn_scales": True}, 0.9),
         ("int4-weight", {"learning_rate": 3e-5, "feature_weight": 0.5, "precision": "bf16"}, 0.97),
     ],

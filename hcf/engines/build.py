@@ -34,6 +34,7 @@ from hcf.engines.forms import (
     source_graph,
 )
 from hcf.engines.products import graph_products
+from hcf.engines.reduce_range import weights_in_7_bits
 from hcf.engines.selection import choose as choose
 from hcf.engines.tensorrt_profiles import ShapeRange, span
 from hcf.engines.timing import record_latency
@@ -349,6 +350,8 @@ def _make(
                 "provider": one.provider,
                 "allow_cpu_fallback": config.allow_cpu_fallback,
             }
+        if one.device == "cpu" and weights_in_7_bits(one.precision):
+            entry.details = {**entry.details, "weight_bits": 7}
         asked = graph_products(folder / form["source"])
         return open_form(folder, component, entry, threads, asked)
     details = {"mode": config.compile_mode, "dynamic": config.compile_dynamic}

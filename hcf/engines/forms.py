@@ -21,6 +21,7 @@ from hcf.engines import FORMATS, Engine, check_precision, is_floating, machine_k
 from hcf.engines.compiled import CompiledEngine
 from hcf.engines.eager import EagerEngine, SimulatedEngine
 from hcf.engines.products import hash_graph, listed_hash
+from hcf.engines.reduce_range import for_this_cpu, weights_in_7_bits
 from hcf.errors import EngineMismatch, HcfError, InvalidArtifact, MissingDependency
 from hcf.export.onnx import FP32_GRAPH, INT8_ORT_GRAPH
 
@@ -152,18 +153,20 @@ def build_form(
         "version": engine_version(engine),
         "precision": precision,
         "machine": machine_kind(),
+        **({"weight_bits": 7} if weights_in_7_bits(precision) else {}),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     target = folder / "engines" / component / f"{engine}-{precision}-{digest}.{SUFFIXES[engine]}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    if engine == "onnxruntime":
-        from hcf.engines.onnxruntime import optimise
+    with for_this_cpu(source, precision, target.parent) as graph:
+        if engine == "onnxruntime":
+            from hcf.engines.onnxruntime import optimise
 
-        optimise(source, target, threads)
-    else:
-        from hcf.engines.openvino import convert
+            optimise(graph, target, threads)
+        else:
+            from hcf.engines.openvino import convert
 
-        convert(source, target)
+            convert(graph, target)
     return {"file": target.relative_to(folder).as_posix(), **found}
 
 

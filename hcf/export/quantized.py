@@ -106,7 +106,7 @@ def export_quantized(
             return records
         onnxruntime_form(folder / component / FP32_GRAPH, calls, path, own_scales)
         # its activations are unsigned, with their own calibration: no better reference than fp32
-        own = relative_error(_outputs(graph_runner(path), cases), wanted)
+        own = relative_error(_outputs(graph_runner(path, _as_written()), cases), wanted)
         _require_wired(component, path, own, 2 * error + WIRING_LIMIT)
         log(f"{component}: {describe(path)}, relative error {own:.3f}")
         records.append(record(folder, path, scheme, {"calibration": own}, **facts))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hcf.engines import EngineReport, require_layers
 from hcf.engines.onnxruntime import FLOAT_OPERATORS, OnnxRuntimeEngine, optimise
+from hcf.engines.reduce_range import int8_saturates
 from hcf.errors import HcfError
 from hcf_bench.peers import (
     Check,
@@ -52,6 +53,8 @@ def prepare_cpu(case: Case, options: PeerOptions, precision: str) -> Prepared:
             "u8 activations, s8 weights a channel; calibrated on the case's own random input: its "
             "speed and rounding mean something, its quality does not"
         )
+        if int8_saturates():
+            details["notes"] += "; reduce_range, as this CPU has no VNNI"
     optimised = graph.with_name(f"{graph.stem}-optimised.onnx")
     optimise(graph, optimised, options.threads)
     engine = OnnxRuntimeEngine(optimised, case.workload.name, precision, options.threads)
@@ -91,6 +94,7 @@ def quantise(graph: Path, inputs: dict[str, Any]) -> Path:
             weight_type=QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=list(QUANTISED),
+            reduce_range=int8_saturates(),
             use_external_data_format=large,
         )
         move_in(Path(work), target)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hcf.engines import EngineReport, require_layers
 from hcf.engines.openvino import PRECISION_NAMES, capabilities, count_layers, version
+from hcf.engines.reduce_range import int8_saturates
 from hcf.errors import HcfError
 from hcf_bench.peers import (
     Check,
@@ -122,6 +123,9 @@ def quantise(graph: Path, feed: dict[str, Any]) -> Path:
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(calls),
             fast_bias_correction=True,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                overflow_fix=nncf.OverflowFix.ENABLE if int8_saturates() else None
+            ),
         )
     with tempfile.TemporaryDirectory(dir=graph.parent) as work:
         ov.save_model(model, str(Path(work) / target.name), compress_to_fp16=False)

@@ -70,6 +70,7 @@ def quantise(case: Case, feed: dict[str, Any], folder: Path) -> Path:
     """The case's graph with Q/DQ beside the floating one; written unless it is there."""
     from diffusers import UNet2DConditionModel
 
+    from hcf.engines.reduce_range import reduce_range, weights_in_7_bits
     from hcf.export.geglu import split_geglu
     from hcf.export.passes import insert_qdq
     from hcf.quantize.presets import choose_formats
@@ -96,6 +97,8 @@ def quantise(case: Case, feed: dict[str, Any], folder: Path) -> Path:
     statistics = collect_statistics(unets[0], list(formats), calls)
     scales = calibrate_scales(unets[0], formats, statistics, config, calls)
     model, _ = insert_qdq(onnx.load(str(graph)), scales)
+    if weights_in_7_bits("int8"):
+        reduce_range(model)
     split_geglu(model)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         large = weight_bytes(case.module) // 4 > 2**30
