@@ -206,7 +206,7 @@ def _engine(name: str, flags: Sequence[str], gpus: Sequence[str], probe: bool) -
         precisions.append("bf16")
     if int8:
         fast = any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp"))
-        precisions.append("int8" if fast else "int8 (slow: no VNNI)")
+        precisions.append("int8" if fast else "int8 (slow, weights in 7 bits: no VNNI)")
     return EngineState(name, True, tuple(precisions))
 
 
