@@ -201,8 +201,10 @@ def test_signals_unwind_and_leave_nothing(tmp_path: Path, sent: signal.Signals, 
         "cli.main(['wait', sys.argv[1]])"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "out")], stdout=subprocess.PIPE
-    )
+        [sys.executable, "-c", program, str(tmp_path / "out")], stdout=subprocess.PIPE,
+        # a shell starts what is in the background with interrupts ignored, and that is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     os.kill(process.pid, sent)
     assert process.wait(20) == code

@@ -48,7 +48,7 @@ def graph() -> Any:
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, [3, 2]) for name in ("y", "z")],
         [numpy_helper.from_array(np.asarray(v), n) for n, v in tensors.items()],
     )
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     onnx.checker.check_model(model)
     return model
 

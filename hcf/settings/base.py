@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+
+
+def _resolved(precision: Any) -> Any:
+    if precision != "auto":
+        return precision
+    from taiji.train.precision import fastest_precision
+
+    return fastest_precision()
+
+
+# as taiji's own: "auto" is read as what this machine trains fastest in, and kept as that
+TrainingPrecision = Annotated[Literal["fp32", "bf16"], BeforeValidator(_resolved)]
 
 
 class Config(BaseModel):

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hcf.settings.base import Config, Threshold
-from taiji.train.precision import TrainingPrecision
+from hcf.settings.base import Config, Threshold, TrainingPrecision
 
 
 class GuidanceEmbedding(Config):

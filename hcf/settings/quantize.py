@@ -7,8 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hcf.settings.base import Config
-from taiji.train.precision import TrainingPrecision
+from hcf.settings.base import Config, TrainingPrecision
 
 # W8A8 and E4M3, weights alone in 8 or 4 bits, W4A4 with a low-rank branch; "int8-bf16" is the INT8
 # graph with every other layer in bf16.
