@@ -56,6 +56,7 @@ def prepare_openvino(case: Case, options: PeerOptions, precision: str, hint: str
             f"NNCF {nncf.__version__} post-training quantisation, calibrated on "
             f"{CALIBRATION_CALLS} random inputs: its speed and rounding mean something, its "
             "quality does not"
+            + ("; overflow_fix, as this CPU has no VNNI" if int8_saturates() else "")
         )
     return prepared
 

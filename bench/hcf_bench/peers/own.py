@@ -28,6 +28,7 @@ PIP_MODELOPT = "hcf-toolkit[modelopt]"
 def prepare_own(case: Case, options: PeerOptions, precision: str) -> Prepared:
     """The case on the engine that `hcf build` would make of it on a CPU with OpenVINO."""
     from hcf.engines.openvino import OpenVinoEngine
+    from hcf.engines.reduce_range import int8_saturates
 
     feed = feeds(case)
     graph = (
@@ -48,6 +49,7 @@ def prepare_own(case: Case, options: PeerOptions, precision: str) -> Prepared:
         report["notes"] = (
             "quantised by the default rules, ranges by percentile, calibrated on random inputs: "
             "its speed and rounding mean something, its quality does not"
+            + ("; weights in 7 bits, as this CPU has no VNNI" if int8_saturates() else "")
         )
     return Prepared(run, report=report)
 
